@@ -1,0 +1,1 @@
+"""The way to the hub: link state and drain without I/O, then a thin driver."""

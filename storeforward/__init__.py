@@ -1,0 +1,1 @@
+"""Streams, cursors and the journal that holds them. Knows no network, no asyncio and no configuration file."""

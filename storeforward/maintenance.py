@@ -1,0 +1,53 @@
+"""What people do to dead letters: send them again or give them up. With the daemon stopped, by path; else inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from storeforward.journal import Journal
+
+
+def requeue(journal: Journal, ids: list[int]) -> int:
+    """Append these dead letters to their streams again, as new messages at the end; return how many there were."""
+    done = 0
+    for id_ in ids:
+        for stream_name, topic, body in journal.query("SELECT stream, topic, body FROM dead WHERE id = ?", (id_,)):
+            stream = journal.streams.get(stream_name)
+            if stream is None:
+                continue
+            journal.append(stream, topic, lambda seq, payload: payload, body)
+            journal.execute("DELETE FROM dead WHERE id = ?", (id_,))
+            journal.dead_count -= 1
+            done += 1
+    return done
+
+
+def drop(journal: Journal, ids: list[int]) -> int:
+    """Give these dead letters up for good, with a ledger row each; return how many there were."""
+    done = 0
+    for id_ in ids:
+        for stream_name, seq, size in journal.query("SELECT stream, seq, length(body) FROM dead WHERE id = ?", (id_,)):
+            journal.execute("DELETE FROM dead WHERE id = ?", (id_,))
+            journal.lose(stream_name, seq, "dropped-by-operator", size)
+            journal.dead_count -= 1
+            done += 1
+    return done
+
+
+def requeue_dead(state_dir: Path, ids: list[int]) -> int:
+    """`requeue` on the journal of a stopped daemon."""
+    return _offline(state_dir, ids, requeue)
+
+
+def drop_dead(state_dir: Path, ids: list[int]) -> int:
+    """`drop` on the journal of a stopped daemon."""
+    return _offline(state_dir, ids, drop)
+
+
+def _offline(state_dir: Path, ids: list[int], action: Callable[[Journal, list[int]], int]) -> int:
+    journal = Journal.open(state_dir)
+    try:
+        return action(journal, ids)
+    finally:
+        journal.close()

@@ -1,0 +1,85 @@
+"""What a stream and a cursor are in memory: places, limits and counters. Knows no SQL."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from storeforward.schema import SEQ_BITS
+
+TAIL_ROWS_MAX = 4096
+TAIL_BYTES_MAX = 1 << 20
+
+
+class WhenFull(Enum):
+    REFUSE = "refuse"
+    DROP_OLDEST = "drop-oldest"
+
+
+class Row(NamedTuple):
+    """One message as it is read: expiry on the age clock in microseconds, body as AMQP sections."""
+
+    seq: int
+    topic: str
+    expires_age_us: int | None
+    body: bytes
+
+
+@dataclass(eq=False, slots=True)
+class Cursor:
+    """One consumer's place. `position` is the first seq not finished with; `durable` is what the disk knows."""
+
+    id: int
+    name: str
+    kind: str
+    position: int
+    durable: int
+    volatile: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    bytes_max: int = 64 << 20
+    messages_max: int = 10_000_000
+    when_full: WhenFull = WhenFull.REFUSE
+    seen_max: int = 10_000
+
+
+@dataclass(eq=False, slots=True)
+class Stream:
+    """A log. `committed` is one past the last seq that is on disk; `next_seq` also counts what is staged."""
+
+    id: int
+    name: str
+    direction: str
+    next_seq: int
+    first_seq: int
+    rows: int
+    size_bytes: int
+    committed: int
+    limits: StreamLimits = field(default_factory=StreamLimits)
+    cursors: dict[str, Cursor] = field(default_factory=dict)
+    seen: dict[bytes, int] = field(default_factory=dict)
+    tail: deque[Row] = field(default_factory=deque)
+    tail_bytes: int = 0
+
+    @property
+    def base(self) -> int:
+        return self.id << SEQ_BITS
+
+    def low(self) -> int:
+        """First seq that somebody still needs; with no cursor at all everything is held for the first reader."""
+        return min((c.position for c in self.cursors.values()), default=self.first_seq)
+
+    def remember(self, rows: list[Row]) -> None:
+        """Keep the newest committed rows in memory, within bounds, so that live readers do not go to the disk."""
+        tail = self.tail
+        if tail and rows and rows[0].seq != tail[-1].seq + 1:
+            tail.clear()
+            self.tail_bytes = 0
+        tail.extend(rows)
+        self.tail_bytes += sum(len(r.body) for r in rows)
+        while tail and (len(tail) > TAIL_ROWS_MAX or self.tail_bytes > TAIL_BYTES_MAX):
+            self.tail_bytes -= len(tail.popleft().body)
