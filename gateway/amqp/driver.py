@@ -1,0 +1,188 @@
+"""The thin asyncio side of an AMQP connection: moves bytes between a transport and an Engine, and keeps its timer.
+
+Knows nothing of links or messages. A handler gets the events; what it raises closes this connection and no other.
+Reads the clock (the loop's), as only drivers do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from gateway.amqp.engine import Engine, Event
+
+log = logging.getLogger(__name__)
+
+# How long to wait for the peer's close before the TCP connection goes.
+CLOSE_WAIT_S = 2.0
+# A deadline in the past, or nearly, still lets the loop turn.
+TICK_S_MIN = 0.001
+
+
+class Handler(Protocol):
+    """Who acts on a connection. Both are called on the loop; on_lost exactly once and last."""
+
+    def on_events(self, engine: Engine, events: list[Event]) -> None: ...
+
+    def on_lost(self, error: Exception | None) -> None: ...
+
+
+class AmqpProtocol(asyncio.Protocol):
+    """One connection. `make_engine` is called with the connected transport (after TLS), and may read its certificate.
+
+    on_ready, if given, is called once with this protocol before any event: a client opens its engine there.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[asyncio.Transport], Engine],
+        handler: Handler,
+        on_ready: Callable[[AmqpProtocol], None] | None = None,
+    ) -> None:
+        self._make_engine = make_engine
+        self._handler = handler
+        self._on_ready = on_ready
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._close_timer: asyncio.TimerHandle | None = None
+        self._flush_scheduled = False
+        self._over = False
+        self.write_paused = False
+        self.engine: Engine
+
+    # -------- asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.engine = self._make_engine(transport)
+        self.engine.on_output = self.schedule_flush
+        if self._on_ready is not None:
+            self._guarded(self._on_ready, self)
+        self._tick()
+        self.schedule_flush()
+
+    def data_received(self, data: bytes) -> None:
+        if self._over:
+            return
+        events = self.engine.receive(data, self._loop.time())
+        self._deliver(events)
+        if self._timer is None:
+            self._tick()
+        self.schedule_flush()
+
+    def eof_received(self) -> bool | None:
+        return False
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        self.schedule_flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._over = True
+        for timer in (self._timer, self._close_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._close_timer = None
+        self.engine.lost()
+        try:
+            self._handler.on_lost(exc)
+        except Exception:  # a handler's mistake ends with its connection
+            log.exception("amqp handler failed at the end of its connection")
+
+    # -------- the owner's side
+
+    def schedule_flush(self) -> None:
+        """Send what the engine has, once in this turn of the loop however often this is called."""
+        if not self._flush_scheduled and not self._over:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def close(self, condition: str | None = None, description: str = "") -> None:
+        """Say goodbye: TCP stays until the peer's close, or CLOSE_WAIT_S."""
+        if self._over or self._transport is None:
+            return
+        self.engine.close(condition, description)
+        self._expect_end()
+        self.schedule_flush()
+
+    def abort(self) -> None:
+        """Drop the connection now."""
+        if self._transport is not None and not self._over:
+            self._transport.abort()
+
+    def pause_reading(self) -> None:
+        """Take no more from the peer until resume_reading(): intake is stopped, or slower than the peer."""
+        if self._transport is not None and not self._transport.is_closing() and self._transport.is_reading():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if (
+            self._transport is not None
+            and not self._transport.is_closing()
+            and not self._transport.is_reading()
+        ):
+            self._transport.resume_reading()
+
+    @property
+    def socket(self) -> Any:
+        """The socket beneath, for what the kernel knows of the line; None when there is none."""
+        return None if self._transport is None else self._transport.get_extra_info("socket")
+
+    # -------- within
+
+    def _guarded(self, call: Callable[..., None], *args: Any) -> None:
+        try:
+            call(*args)
+        except Exception:  # whatever a handler does wrong, only its connection pays
+            log.exception("amqp handler failed; its connection is closed")
+            self.abort()
+
+    def _deliver(self, events: list[Event]) -> None:
+        if events and not self._over:
+            self._guarded(self._handler.on_events, self.engine, events)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        transport = self._transport
+        if self._over or transport is None or transport.is_closing():
+            return
+        engine = self.engine
+        while not self.write_paused:
+            data = engine.data_to_send()
+            if not data:
+                break
+            transport.write(data)
+        self._deliver(engine.take_events())
+        if engine.finished:
+            transport.close()
+        elif engine.closing:
+            self._expect_end()
+
+    def _expect_end(self) -> None:
+        if self._close_timer is None and not self._over:
+            self._close_timer = self._loop.call_later(CLOSE_WAIT_S, self.abort)
+
+    def _tick(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._over:
+            return
+        now = self._loop.time()
+        deadline = self.engine.tick(now)
+        self._deliver(self.engine.take_events())
+        self.schedule_flush()
+        if not math.isinf(deadline):
+            self._timer = self._loop.call_at(max(deadline, now + TICK_S_MIN), self._tick)

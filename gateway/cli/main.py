@@ -1,0 +1,107 @@
+"""The command `lineside`: finds the command a person typed, and says what went wrong in one line.
+
+Exit status: 0 done, 1 a promise or an operation failed, 2 usage or configuration. Each command is imported when it
+is typed, so that the rest cost nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from gateway.errors import ConfigError, LinesideError
+
+# Name, where it is, and what `lineside --help` says of it. The order is that of the help.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("gateway.cli.check:run", "Run the gateway."),
+    "check": ("gateway.cli.check:check", "Explain the configuration, or say what is wrong with it."),
+    "demo": ("gateway.cli.check:demo", "Hub, gateway, tunnel and apps in one command."),
+    "status": ("gateway.cli.inspect:status", "What the gateway is doing."),
+    "backlog": ("gateway.cli.inspect:backlog", "What waits in each stream, or in one of them."),
+    "show": ("gateway.cli.inspect:show", "One message of a stream."),
+    "export": ("gateway.cli.inspect:export", "Every message of a stream, as JSON lines."),
+    "deadletter": ("gateway.cli.inspect:deadletter", "Messages the hub would not take."),
+    "losses": ("gateway.cli.inspect:losses", "Every message that was dropped, and why."),
+    "clients": ("gateway.cli.inspect:clients", "Who is connected."),
+    "publish": ("gateway.cli.client:publish", "Send messages over MQTT."),
+    "subscribe": ("gateway.cli.client:subscribe", "Receive messages over MQTT."),
+}
+
+
+class _Commands(click.Group):
+    """A group that imports a command when it is asked for, and turns our errors into one line and a status."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            _complain(error)
+            ctx.exit(2)
+        except Exception as error:
+            if not _is_ours(error):
+                raise
+            _complain(error)
+            ctx.exit(1)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the error is made to be read by a person. The journal's own module may well not be loaded."""
+    if isinstance(error, LinesideError):
+        return True
+    journal = sys.modules.get("storeforward.errors")
+    return journal is not None and isinstance(error, (journal.JournalError, journal.JournalFull))
+
+
+def _complain(error: Exception) -> None:
+    from gateway.cli.output import safe
+
+    for line in str(error).splitlines() or [type(error).__name__]:
+        click.echo(f"lineside: {safe(line)}", err=True)
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from gateway import __version__
+
+        click.echo(f"lineside {__version__}")
+        ctx.exit()
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Print the version.",
+)
+def cli() -> None:
+    """Store-and-forward gateway for machines that lose the line: MQTT and AMQP 1.0 in, a synced journal, AMQP
+    1.0 over TLS out.
+
+    backlog, show, export, deadletter and losses read the journal itself: they answer with the daemon stopped, too.
+    """
+
+
+def main() -> None:
+    """Entry point of the command `lineside`."""
+    cli(prog_name="lineside")

@@ -1,0 +1,464 @@
+"""The configuration file: what it may say, and what it says.
+
+`load` returns a frozen `Config`, or raises one `ConfigErrors` that lists every problem at once with its line, what
+was found and what to write instead. Knows no socket, and nothing of how a value is used.
+
+In Python, names carry their unit (`idle_timeout_s`, `packet_max_bytes`); in the file the unit stands in the value
+(`idle_timeout = "20s"`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import stat
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from gateway.config_checks import check_all
+from gateway.config_problems import ConfigErrors, Problem, Report, syntax_problem
+from gateway.config_values import (
+    ACCEPT_LOSS,
+    ALLOW_PLAINTEXT,
+    LISTEN_DEFAULT,
+    PLACEHOLDER,
+    HubUrl,
+    Listen,
+    fill,
+    parse_duration,
+    parse_hub_url,
+    parse_listen,
+    parse_size,
+    show_duration,
+    show_size,
+    topic_filter_fault,
+)
+from gateway.toml_lines import key_lines
+
+__all__ = [
+    "Amqp",
+    "Config",
+    "ConfigErrors",
+    "Gateway",
+    "Hub",
+    "HubUrl",
+    "Inbound",
+    "Listen",
+    "Local",
+    "Mqtt",
+    "Outbound",
+    "Problem",
+    "explain",
+    "fill",
+    "load",
+    "loads",
+    "parse_listen",
+]
+
+CONFIG_MAX_BYTES = 4 << 20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _wrong(expected: str, write: str = "") -> PydanticCustomError:
+    return PydanticCustomError("lineside", "{expected}", {"expected": expected, "write": write})
+
+
+def _from_value_error(error: ValueError) -> PydanticCustomError:
+    expected = str(error.args[0])
+    return _wrong(expected, json.dumps(error.args[1]) if len(error.args) > 1 else "")
+
+
+def _size(lowest: int, highest: int = 1 << 46) -> BeforeValidator:
+    def check(value: object) -> int:
+        try:
+            size_bytes = parse_size(value)
+        except ValueError as error:
+            raise _from_value_error(error) from None
+        if not lowest <= size_bytes <= highest:
+            raise _wrong(f"a size from {show_size(lowest)} to {show_size(highest)}")
+        return size_bytes
+
+    return BeforeValidator(check)
+
+
+def _seconds(lowest: float, highest: float) -> BeforeValidator:
+    def check(value: object) -> float:
+        try:
+            duration_s = parse_duration(value)
+        except ValueError as error:
+            raise _from_value_error(error) from None
+        if not lowest <= duration_s <= highest:
+            raise _wrong(f"a duration from {show_duration(lowest)} to {show_duration(highest)}")
+        return duration_s
+
+    return BeforeValidator(check)
+
+
+def _phrase(phrase: str, risk: str) -> BeforeValidator:
+    """A setting that is only believed in its exact words."""
+
+    def check(value: object) -> bool:
+        if value != phrase:
+            raise _wrong(f"exactly these words, because {risk}", json.dumps(phrase))
+        return True
+
+    return BeforeValidator(check)
+
+
+def _check_name(value: object) -> object:
+    if isinstance(value, str) and not _NAME.fullmatch(value):
+        near = re.sub(r"[^A-Za-z0-9._-]+", "-", value).lstrip("._-")[:64]
+        expected = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+        raise _wrong(expected, json.dumps(near) if near else "")
+    return value
+
+
+def _check_file(value: object, info: ValidationInfo) -> object:
+    """Paths are relative to the configuration file's own directory."""
+    if not isinstance(value, str):
+        return value
+    if not value or "\0" in value:
+        raise _wrong("a path")
+    base = (info.context or {}).get("base", Path())
+    return Path(base) / value
+
+
+def _check_topic_filter(value: object) -> object:
+    if isinstance(value, str) and (fault := topic_filter_fault(value)):
+        raise _wrong(*fault)
+    return value
+
+
+def _template(*known: str, topic: bool = False) -> BeforeValidator:
+    def check(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        allowed = ", ".join(f"{{{name}}}" for name in known)
+        if not value or len(value) > 1024 or not value.isprintable():
+            raise _wrong("1 to 1024 printable characters")
+        for name in PLACEHOLDER.findall(value):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+                raise _wrong(f"only the placeholders {allowed}", json.dumps(value.replace(name, near, 1)))
+        bare = PLACEHOLDER.sub("", value)
+        if "{" in bare or "}" in bare:
+            raise _wrong(f"braces only around a placeholder ({allowed})")
+        if topic and ("#" in bare or "+" in bare):
+            raise _wrong("a topic to publish to, which has no '#' and no '+'")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _listen(port_default: int) -> BeforeValidator:
+    def check(value: object) -> Listen:
+        if not isinstance(value, str):
+            raise _wrong('"host:port" or "unix:/path"', f'"127.0.0.1:{port_default}"')
+        try:
+            return parse_listen(value, port_default)
+        except ValueError as error:
+            raise _from_value_error(error) from None
+
+    return BeforeValidator(check)
+
+
+def _check_url(value: object) -> HubUrl:
+    if not isinstance(value, str):
+        raise _wrong("a URL", '"amqps://hub.example:5671"')
+    try:
+        return parse_hub_url(value)
+    except ValueError as error:
+        raise _from_value_error(error) from None
+
+
+Name = Annotated[str, BeforeValidator(_check_name)]
+FilePath = Annotated[Path, BeforeValidator(_check_file)]
+TopicFilter = Annotated[str, BeforeValidator(_check_topic_filter)]
+Timeout = Annotated[float, _seconds(0.01, 600)]
+StreamBytes = Annotated[int, _size(1 << 16)]
+Count = Annotated[StrictInt, Field(ge=1, le=1_000_000_000)]
+Plaintext = Annotated[bool, _phrase(ALLOW_PLAINTEXT, "whoever shares the network can then read and write it")]
+AcceptLoss = Annotated[bool, _phrase(ACCEPT_LOSS, "a power cut then takes messages that were acknowledged")]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Gateway(_Table):
+    """`[gateway]`: who this is, and where the journal lives."""
+
+    id: Name = Field(description="the gateway's name, unique at the hub", examples=["loco-4711"])
+    state_dir: FilePath = Field(default=Path("/var/lib/lineside"), examples=["/var/lib/lineside"])
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    synchronous: Literal["FULL", "NORMAL", "OFF"] = "FULL"
+    accept_loss: AcceptLoss = False
+
+
+class Mqtt(_Table):
+    """`[mqtt]`: the local MQTT listener."""
+
+    listen: tuple[Annotated[Listen, _listen(1883)], ...] = Field(
+        default=(parse_listen(LISTEN_DEFAULT["mqtt"]),), min_length=1, max_length=16, examples=[["127.0.0.1:1883"]]
+    )
+    allow_plaintext: Plaintext = False
+    packet_max_bytes: Annotated[int, _size(1 << 10, 256 << 20)] = Field(
+        default=1 << 20, alias="packet_max", examples=["1MiB"]
+    )
+    receive_maximum: Annotated[StrictInt, Field(ge=1, le=65535)] = 1000
+    clients_max: Annotated[StrictInt, Field(ge=1, le=100_000)] = 1000
+    keep_alive_max_s: Annotated[StrictInt, Field(ge=1, le=65535)] = 3600
+    session_expiry_max_s: Annotated[float, _seconds(0, 10 * 365 * 86400)] = Field(
+        default=30 * 86400.0, alias="session_expiry_max", examples=["30d"]
+    )
+    session_max_messages: Count = 100_000
+
+
+class Amqp(_Table):
+    """`[amqp]`: the local AMQP 1.0 listener."""
+
+    listen: tuple[Annotated[Listen, _listen(5672)], ...] = Field(
+        default=(parse_listen(LISTEN_DEFAULT["amqp"]),), min_length=1, max_length=16, examples=[["127.0.0.1:5672"]]
+    )
+    allow_plaintext: Plaintext = False
+    message_max_bytes: Annotated[int, _size(1 << 10, 256 << 20)] = Field(
+        default=1 << 20, alias="message_max", examples=["1MiB"]
+    )
+    connections_max: Annotated[StrictInt, Field(ge=1, le=100_000)] = 1000
+    idle_timeout_s: Timeout = Field(default=60.0, alias="idle_timeout", examples=["60s"])
+    window: Annotated[StrictInt, Field(ge=1, le=65535)] = 1000
+
+
+class Hub(_Table):
+    """`[[hub]]`: one place to forward to, by one or more URLs in order of preference."""
+
+    name: Name = Field(description="the name streams call this hub by", examples=["depot"])
+    urls: tuple[Annotated[HubUrl, BeforeValidator(_check_url)], ...] = Field(
+        min_length=1,
+        max_length=16,
+        description="where the hub listens",
+        examples=[["amqps://hub.example:5671"]],
+    )
+    kind: Literal["generic", "artemis", "rabbitmq", "lineside", "dispatch"] = "generic"
+    ca: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/ca.pem"])
+    cert: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.pem"])
+    key: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.key"])
+    sasl: Literal["auto", "external", "plain", "anonymous"] = "auto"
+    user: str | None = Field(default=None, min_length=1, max_length=255, examples=["loco-4711"])
+    password_file: FilePath | None = Field(default=None, examples=["/etc/lineside/depot.password"])
+    allow_plaintext: Plaintext = False
+    window: Annotated[StrictInt, Field(ge=1, le=65535)] = 1000
+    idle_timeout_s: Annotated[float, _seconds(1, 600)] = Field(default=20.0, alias="idle_timeout", examples=["20s"])
+    connect_timeout_s: Timeout = Field(default=10.0, alias="connect_timeout", examples=["10s"])
+    sasl_timeout_s: Timeout = Field(default=10.0, alias="sasl_timeout", examples=["10s"])
+    open_timeout_s: Timeout = Field(default=10.0, alias="open_timeout", examples=["10s"])
+    attach_timeout_s: Timeout = Field(default=10.0, alias="attach_timeout", examples=["10s"])
+    settle_timeout_s: Timeout = Field(default=30.0, alias="settle_timeout", examples=["30s"])
+    retry_min_s: Timeout = Field(default=0.2, alias="retry_min", examples=["200ms"])
+    retry_max_s: Annotated[float, _seconds(0.01, 3600)] = Field(default=30.0, alias="retry_max", examples=["30s"])
+
+
+class Outbound(_Table):
+    """`[[outbound]]`: topics that are journaled in one stream and forwarded to one address."""
+
+    stream: Name = Field(description="the stream's name", examples=["alarms"])
+    topics: tuple[TopicFilter, ...] = Field(
+        min_length=1, max_length=1000, description="the topics it takes", examples=[["alarm/#"]]
+    )
+    hub: Name = Field(description="the name of a [[hub]]", examples=["depot"])
+    address: Annotated[str, _template("gateway", "stream")] = Field(
+        description="the hub's address to send to", examples=["edge.{gateway}.alarms"]
+    )
+    class_: Literal["urgent", "normal", "bulk"] = Field(default="normal", alias="class")
+    max_bytes: StreamBytes = Field(default=256 << 20, examples=["64MiB"])
+    max_messages: Count = 1_000_000
+    when_full: Literal["refuse", "drop-oldest"] = "refuse"
+    ttl_s: Annotated[float, _seconds(0.001, 4294967.295)] | None = Field(default=None, alias="ttl", examples=["1h"])
+
+    def address_for(self, gateway: str) -> str:
+        """The address with its placeholders filled."""
+        return fill(self.address, gateway=gateway, stream=self.stream)
+
+
+class Inbound(_Table):
+    """`[[inbound]]`: a hub's address that is journaled in one stream and handed to local apps."""
+
+    stream: Name = Field(description="the stream's name", examples=["commands"])
+    hub: Name = Field(description="the name of a [[hub]]", examples=["depot"])
+    address: Annotated[str, _template("gateway", "stream")] = Field(
+        description="the hub's address to receive from", examples=["edge.{gateway}.commands"]
+    )
+    topic: Annotated[str, _template("subject", "gateway", topic=True)] = Field(
+        description="the local topic to publish to", examples=["commands/{subject}"]
+    )
+    max_bytes: StreamBytes = Field(default=256 << 20, examples=["64MiB"])
+    max_messages: Count = 1_000_000
+    credit: Annotated[StrictInt, Field(ge=1, le=65535)] = 500
+    dedup: Annotated[StrictInt, Field(ge=0, le=10_000_000)] = 10_000
+
+    def address_for(self, gateway: str) -> str:
+        """The address with its placeholders filled."""
+        return fill(self.address, gateway=gateway, stream=self.stream)
+
+
+class Local(_Table):
+    """`[local]`: what apps say to one another and no stream takes."""
+
+    max_bytes: StreamBytes = Field(default=64 << 20, examples=["64MiB"])
+    max_messages: Count = 100_000
+    when_full: Literal["refuse", "drop-oldest"] = "drop-oldest"
+
+
+class Config(_Table):
+    """The whole file."""
+
+    gateway: Gateway = Field(description="a [gateway] table", examples=[{}])
+    mqtt: Mqtt | None = None
+    amqp: Amqp | None = None
+    hubs: tuple[Hub, ...] = Field(default=(), alias="hub", max_length=100)
+    outbound: tuple[Outbound, ...] = ()
+    inbound: tuple[Inbound, ...] = ()
+    local: Local = Local()
+
+    def hub(self, name: str) -> Hub:
+        """The hub of that name; every stream's hub exists in a Config that `load` returned."""
+        return next(hub for hub in self.hubs if hub.name == name)
+
+
+def load(path: Path, *, check_files: bool = True) -> Config:
+    """Read and check the file. Raises ConfigErrors with every problem in it.
+
+    `check_files=False` leaves out whether certificates, keys and passwords can be read: for commands that need
+    none of them and may run as somebody who may not read them.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(CONFIG_MAX_BYTES + 1)
+    except OSError as error:
+        expected = f"a configuration file that can be read ({error.strerror})"
+        raise ConfigErrors([Problem(str(path), 1, "", "", expected, "")]) from None
+    if len(data) > CONFIG_MAX_BYTES:
+        expected = f"at most {show_size(CONFIG_MAX_BYTES)}"
+        raise ConfigErrors([Problem(str(path), 1, "", "a larger file", expected, "")])
+    return loads(data, file=str(path), base=path.parent, check_files=check_files)
+
+
+def loads(data: bytes | str, *, file: str = "config", base: Path = Path(), check_files: bool = True) -> Config:
+    """As `load`, from the content itself; paths in it are relative to `base`."""
+    text = data if isinstance(data, str) else _decode(data, file)
+    try:
+        raw = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigErrors([syntax_problem(file, text, str(error))]) from None
+    report = Report(Config, file, raw, key_lines(text))
+    context = {"base": base.absolute()}
+    config: Config | None = None
+    try:
+        config = Config.model_validate(raw, context=context)
+    except ValidationError as errors:
+        for each in errors.errors(include_url=False):
+            report.add_from_pydantic(each["type"], each["loc"], each.get("ctx") or {}, each["msg"])
+    check_all(raw, context["base"], report, check_files=check_files)
+    if report.problems or config is None:
+        raise ConfigErrors(report.problems)
+    return config
+
+
+def _decode(data: bytes, file: str) -> str:
+    if data.startswith(b"\xef\xbb\xbf"):
+        data = data[3:]
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{data[error.start]:02x}"
+        raise ConfigErrors([Problem(file, line, "", found, "UTF-8 text", "")]) from None
+
+
+def explain(config: Config) -> list[str]:
+    """The configuration in sentences, for `lineside check`; lines that begin with "note:" deserve a thought."""
+    gateway = config.gateway
+    lines = [f"gateway {gateway.id} keeps its journal in {gateway.state_dir}"]
+    if gateway.synchronous != "FULL":
+        lines.append(f"note: synchronous = {gateway.synchronous}: a power cut may take acknowledged messages")
+    lines += _explain_listeners(config)
+    for hub in config.hubs:
+        lines += _explain_hub(hub)
+    for outbound in config.outbound:
+        lines += _explain_outbound(outbound, config)
+    for inbound in config.inbound:
+        lines.append(
+            f"stream {inbound.stream} (inbound): {inbound.hub}'s {inbound.address_for(gateway.id)} to local topic "
+            f"{fill(inbound.topic, gateway=gateway.id, subject='<subject>')}, up to "
+            f"{show_size(inbound.max_bytes)} and {inbound.max_messages} messages, credit {inbound.credit}; "
+            f"remembers {inbound.dedup} identities"
+        )
+    local = config.local
+    full = _WHEN_FULL[local.when_full]
+    lines.append(f"all other topics stay local, up to {show_size(local.max_bytes)}; when full, {full}")
+    total = sum(each.max_bytes for each in config.outbound) + sum(each.max_bytes for each in config.inbound)
+    total += local.max_bytes
+    lines.append(f"the streams together may take {show_size(total)} of disk")
+    return lines
+
+
+_WHEN_FULL = {
+    "refuse": "new messages are refused",
+    "drop-oldest": "the oldest are dropped and recorded as lost",
+}
+
+
+def _explain_listeners(config: Config) -> list[str]:
+    lines: list[str] = []
+    if config.mqtt:
+        where = ", ".join(str(listen) for listen in config.mqtt.listen)
+        limits = f"{config.mqtt.clients_max} clients, packets up to {show_size(config.mqtt.packet_max_bytes)}"
+        lines.append(f"MQTT on {where}: at most {limits}")
+        if not all(listen.loopback for listen in config.mqtt.listen):
+            lines.append("note: MQTT without TLS can be reached from other machines")
+    if config.amqp:
+        where = ", ".join(str(listen) for listen in config.amqp.listen)
+        lines.append(f"AMQP on {where}: at most {config.amqp.connections_max} connections")
+        if not all(listen.loopback for listen in config.amqp.listen):
+            lines.append("note: AMQP without TLS can be reached from other machines")
+    if not lines:
+        lines.append("note: nothing listens, so no app can reach this gateway: add [mqtt]")
+    return lines
+
+
+def _explain_hub(hub: Hub) -> list[str]:
+    urls = ", then ".join(str(url) for url in hub.urls)
+    who = "with its certificate" if hub.cert else f"as user {hub.user}" if hub.user else "anonymously"
+    lines = [f"hub {hub.name} ({hub.kind}) at {urls}, {who}"]
+    if any(url.tls for url in hub.urls) and hub.ca is None:
+        lines.append(f"note: hub {hub.name} is trusted by the system's certificate authorities, as ca is not set")
+    if any(not url.tls and not url.loopback for url in hub.urls):
+        lines.append(f"note: hub {hub.name} is reached without TLS")
+    for path in (hub.key, hub.password_file):
+        if path is not None and _readable_by_all(path):
+            lines.append(f"note: {path} can be read by every user: chmod 640 {path}")
+    return lines
+
+
+def _readable_by_all(path: Path) -> bool:
+    try:
+        return bool(path.stat().st_mode & stat.S_IROTH)
+    except OSError:
+        return False
+
+
+def _explain_outbound(outbound: Outbound, config: Config) -> list[str]:
+    ttl = f", expiring after {show_duration(outbound.ttl_s)}" if outbound.ttl_s else ""
+    lines = [
+        f"stream {outbound.stream} (outbound, {outbound.class_}): {', '.join(outbound.topics)} to {outbound.hub}'s "
+        f"{outbound.address_for(config.gateway.id)}, up to {show_size(outbound.max_bytes)} and "
+        f"{outbound.max_messages} messages{ttl}; when full, {_WHEN_FULL[outbound.when_full]}"
+    ]
+    if config.mqtt and outbound.max_bytes < 2 * config.mqtt.packet_max_bytes:
+        lines.append(f"note: stream {outbound.stream} is full after one packet of packet_max")
+    return lines

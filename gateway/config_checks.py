@@ -1,0 +1,277 @@
+"""The rules that bind several keys of a configuration, and the files it names.
+
+They read the raw file, not the models, so that a wrong key in one place hides nothing in another; what has the wrong
+type is passed over, as the models complain of it. Opens files to see that they can be read; looks up no host.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import stat
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gateway.config_problems import Report, assign, dotted
+from gateway.config_values import (
+    ACCEPT_LOSS,
+    ALLOW_PLAINTEXT,
+    LISTEN_DEFAULT,
+    HubUrl,
+    Listen,
+    parse_duration,
+    parse_hub_url,
+    parse_listen,
+)
+from gateway.toml_lines import Path as KeyPath
+
+STREAMS_MAX = 1000
+RESERVED_STREAMS = frozenset({"local"})
+_T = typing.TypeVar("_T")
+
+
+def _tables(raw: Mapping[str, Any], key: str) -> list[tuple[int, dict[str, Any]]]:
+    found = raw.get(key)
+    return [(n, each) for n, each in enumerate(found) if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def _table(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = raw.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _strings(value: Any) -> list[tuple[int, str]]:
+    return [(n, each) for n, each in enumerate(value) if isinstance(each, str)] if isinstance(value, list) else []
+
+
+def _tried(parse: Callable[[str], _T], text: str) -> _T | None:
+    """The value, or None for what the models have complained about already."""
+    try:
+        return parse(text)
+    except ValueError:
+        return None
+
+
+def check_all(raw: Mapping[str, Any], base: Path, report: Report, *, check_files: bool) -> None:
+    """Report everything that no single key's own rule can see. `base`: what relative paths are relative to."""
+    _check_gateway(raw, report)
+    _check_listeners(raw, report)
+    _check_hubs(raw, base, report, check_files)
+    _check_streams(raw, report)
+
+
+def _check_gateway(raw: Mapping[str, Any], report: Report) -> None:
+    gateway = _table(raw, "gateway")
+    if gateway.get("synchronous") in ("NORMAL", "OFF") and "accept_loss" not in gateway:
+        expected = "FULL, as less would break the promise that acknowledged means on disk"
+        write = f'synchronous = "FULL", or add accept_loss = {json.dumps(ACCEPT_LOSS)}'
+        report.add(("gateway", "synchronous"), expected, write)
+
+
+def _check_listeners(raw: Mapping[str, Any], report: Report) -> None:
+    taken: list[tuple[KeyPath, Listen]] = []
+    for key in ("mqtt", "amqp"):
+        table = _table(raw, key)
+        default = [LISTEN_DEFAULT[key]] if key in raw else []
+        for number, text in _strings(table.get("listen", default)):
+            listen = _tried(parse_listen, text)
+            if listen is None:
+                continue
+            loc: KeyPath = (key, "listen", number)
+            for other_loc, other in taken:
+                if listen.overlaps(other):
+                    report.add(loc, f"an address of its own, not that of {dotted(other_loc)} ({other})")
+                    break
+            if not listen.loopback and table.get("allow_plaintext") != ALLOW_PLAINTEXT:
+                write = f"127.0.0.1:{listen.port}"
+                words = f"allow_plaintext = {json.dumps(ALLOW_PLAINTEXT)} under [{key}]"
+                report.add(loc, "a loopback address, as this listener has no TLS", f'"{write}", or {words}')
+            taken.append((loc, listen))
+
+
+def _check_hubs(raw: Mapping[str, Any], base: Path, report: Report, check_files: bool) -> None:
+    names: dict[str, int] = {}
+    for number, hub in _tables(raw, "hub"):
+        name = hub.get("name")
+        if isinstance(name, str) and names.setdefault(name, number) != number:
+            report.add(("hub", number, "name"), f"another name than that of hub[{names[name]}]")
+        _check_hub_urls(number, hub, report)
+        _check_hub_credentials(number, hub, report)
+        if check_files:
+            _check_hub_files(number, hub, base, report)
+        low, high = hub.get("retry_min", "200ms"), hub.get("retry_max", "30s")
+        if isinstance(low, str) and isinstance(high, str):
+            low_s, high_s = _tried(parse_duration, low), _tried(parse_duration, high)
+            if low_s and high_s and low_s > high_s:
+                at = ("hub", number, "retry_max" if "retry_max" in hub else "retry_min")
+                report.add(at, f"retry_min ({low}) to be no longer than retry_max ({high})")
+
+
+def _check_hub_urls(number: int, hub: Mapping[str, Any], report: Report) -> None:
+    for index, text in _strings(hub.get("urls")):
+        url = _tried(parse_hub_url, text)
+        if url is None or url.tls or url.loopback:
+            continue
+        loc: KeyPath = ("hub", number, "urls", index)
+        if hub.get("user") is not None and hub.get("sasl", "auto") in ("auto", "plain"):
+            secure = str(HubUrl(True, url.host, 5671 if url.port == 5672 else url.port))
+            report.add(loc, "amqps://, as a password would travel in clear text", json.dumps(secure))
+        elif hub.get("allow_plaintext") != ALLOW_PLAINTEXT:
+            secure = str(HubUrl(True, url.host, 5671 if url.port == 5672 else url.port))
+            words = f"add allow_plaintext = {json.dumps(ALLOW_PLAINTEXT)} to this [[hub]]"
+            report.add(loc, "amqps:// for a hub that is not on this machine", f"{json.dumps(secure)}, or {words}")
+
+
+def _check_hub_credentials(number: int, hub: Mapping[str, Any], report: Report) -> None:
+    here: KeyPath = ("hub", number)
+    for key, other in (
+        ("cert", "key"),
+        ("key", "cert"),
+        ("user", "password_file"),
+        ("password_file", "user"),
+    ):
+        if key in hub and other not in hub:
+            example = report.example((*here, other))
+            report.add((*here, other), f"it beside `{key}`", example, missing=True)
+    sasl = hub.get("sasl", "auto")
+    if sasl == "plain" and "user" not in hub:
+        report.add((*here, "sasl"), "`user` and `password_file` beside it", 'sasl = "auto", or add both')
+    if sasl == "external":
+        if "cert" not in hub:
+            report.add((*here, "sasl"), "`cert` and `key` beside it", 'sasl = "auto", or add both')
+        for index, text in _strings(hub.get("urls")):
+            url = _tried(parse_hub_url, text)
+            if url and not url.tls:
+                secure = str(HubUrl(True, url.host, 5671 if url.port == 5672 else url.port))
+                report.add((*here, "urls", index), 'amqps://, as sasl = "external" needs TLS', json.dumps(secure))
+
+
+_PEM_MARKS = {
+    "ca": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
+    "cert": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
+    "key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+}
+_PEM_NAMES = {"ca": "a certificate", "cert": "a certificate", "key": "a private key"}
+_PEM_MAX_BYTES = 4 << 20
+
+
+def _check_hub_files(number: int, hub: Mapping[str, Any], base: Path, report: Report) -> None:
+    for key in ("ca", "cert", "key", "password_file"):
+        value = hub.get(key)
+        if not isinstance(value, str) or not value or "\0" in value:
+            continue
+        loc: KeyPath = ("hub", number, key)
+        path = base / value
+        content = _read_file(path)
+        if isinstance(content, str):
+            report.add(loc, f"a file that can be read ({path}: {content})")
+        elif key in _PEM_MARKS and not _PEM_MARKS[key].search(content):
+            report.add(loc, f"{_PEM_NAMES[key]} in PEM form ({path} holds none)")
+        elif key == "password_file" and not content.strip():
+            report.add(loc, f"a password in the file ({path} is empty)")
+
+
+def _read_file(path: Path) -> bytes | str:
+    """The content, or what is in the way."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "not a regular file"
+        with path.open("rb") as file:
+            return file.read(_PEM_MAX_BYTES)
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            return f"not for user {os.geteuid()} to read"
+        return error.strerror or str(error)
+
+
+def _check_streams(raw: Mapping[str, Any], report: Report) -> None:
+    hubs = _hub_names(raw)
+    names: dict[str, KeyPath] = {}
+    filters = _Filters()
+    addresses: dict[tuple[str, str], KeyPath] = {}
+    count = 0
+    for direction in ("outbound", "inbound"):
+        for number, table in _tables(raw, direction):
+            here: KeyPath = (direction, number)
+            count += 1
+            if count == STREAMS_MAX + 1:
+                report.add(here, f"at most {STREAMS_MAX} streams altogether")
+            _check_stream_name((*here, "stream"), table.get("stream"), names, report)
+            _check_stream_hub((*here, "hub"), table.get("hub"), hubs, report)
+            if direction == "outbound":
+                _check_stream_topics((*here, "topics"), table.get("topics"), filters, report)
+            else:
+                source = (str(table.get("hub")), str(table.get("address")))
+                if "address" in table and addresses.setdefault(source, here) != here:
+                    other = dotted(addresses[source])
+                    report.add((*here, "address"), f"another address than that of {other}, of the same hub")
+
+
+def _hub_names(raw: Mapping[str, Any]) -> list[str] | None:
+    """None where a hub's name cannot be told: then no stream is blamed for naming it."""
+    tables = [hub for _, hub in _tables(raw, "hub")]
+    names = [hub["name"] for hub in tables if isinstance(hub.get("name"), str)]
+    return names if len(names) == len(tables) and isinstance(raw.get("hub", []), list) else None
+
+
+def _check_stream_name(loc: KeyPath, name: Any, names: dict[str, KeyPath], report: Report) -> None:
+    if not isinstance(name, str):
+        return
+    if name in RESERVED_STREAMS:
+        report.add(loc, "another name, as this one is the gateway's own", assign(loc, f'"{name}-1"'))
+    elif names.setdefault(name, loc) != loc:
+        report.add(loc, f"a name of its own, not that of {dotted(names[name])}", assign(loc, f'"{name}-2"'))
+
+
+def _check_stream_hub(loc: KeyPath, name: Any, hubs: list[str] | None, report: Report) -> None:
+    if not isinstance(name, str) or hubs is None or name in hubs:
+        return
+    near = difflib.get_close_matches(name, hubs, 1, 0.5) or hubs[:1]
+    known = (
+        f"the name of a [[hub]] ({', '.join(dict.fromkeys(hubs))})"
+        if hubs
+        else "the name of a [[hub]], and there is none"
+    )
+    report.add(loc, known, assign(loc, json.dumps(near[0])) if near else "a [[hub]] of that name")
+
+
+def _check_stream_topics(loc: KeyPath, topics: Any, earlier: _Filters, report: Report) -> None:
+    """The first stream whose filter takes a topic gets it: a filter that an earlier one covers takes nothing."""
+    for index, topic_filter in _strings(topics):
+        taken = earlier.covering(topic_filter)
+        if taken is not None:
+            expected = f"a filter that {dotted(taken)} above it does not take already"
+            report.add((*loc, index), expected, f"this table above that of {dotted(taken[:2])}")
+    for index, topic_filter in _strings(topics):
+        earlier.add(topic_filter, (*loc, index))
+
+
+class _Filters:
+    """The topic filters seen so far, level by level."""
+
+    def __init__(self) -> None:
+        self._below: dict[str, _Filters] = {}
+        self._loc: KeyPath | None = None
+
+    def add(self, topic_filter: str, loc: KeyPath) -> None:
+        here = self
+        for level in topic_filter.split("/"):
+            here = here._below.setdefault(level, _Filters())
+        here._loc = here._loc or loc
+
+    def covering(self, topic_filter: str) -> KeyPath | None:
+        """Where a filter stands that takes every topic this one takes; None if there is none."""
+        nodes = [self]
+        for level in topic_filter.split("/"):
+            for node in nodes:
+                if (rest := node._below.get("#")) is not None and rest._loc is not None:
+                    return rest._loc
+            if level == "#":
+                return None
+            nodes = [node._below[each] for node in nodes for each in {level, "+"} if each in node._below]
+        found = [*nodes, *(node._below["#"] for node in nodes if "#" in node._below)]
+        return next((node._loc for node in found if node._loc is not None), None)

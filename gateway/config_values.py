@@ -1,0 +1,203 @@
+"""The values a configuration is made of: sizes, durations, addresses, URLs, topic filters, templates.
+
+Text in, values out. What cannot be read raises ValueError(expected, what to write instead); the second may be missing.
+Knows no file and no key.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import typing
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+ALLOW_PLAINTEXT = "yes, without TLS"
+ACCEPT_LOSS = "i accept that acknowledged messages may be lost"
+UNIX_PATH_MAX_BYTES = 107
+LISTEN_DEFAULT = {"mqtt": "127.0.0.1:1883", "amqp": "127.0.0.1:5672"}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]+)")
+SIZE_UNITS = {
+    "B": 1,
+    "kB": 1000,
+    "MB": 1000**2,
+    "GB": 1000**3,
+    "TB": 1000**4,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "TiB": 1 << 40,
+}
+_DURATION_PART = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*(ms|s|min|m|h|d)")
+_DURATION_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+
+
+def parse_size(value: object) -> int:
+    """Return bytes: an integer, or a number with a unit ("64MiB", "10kB"). Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError('a size such as "64MiB" or "10kB", or a number of bytes')
+    unit = match[2]
+    if unit not in SIZE_UNITS:
+        near = next((known for known in SIZE_UNITS if known.lower() == unit.lower()), None)
+        if near is None and len(unit) == 1:
+            near = next((known for known in SIZE_UNITS if known.lower() == f"{unit.lower()}ib"), None)
+        hint = f"{match[1]}{near}" if near else "64MiB"
+        raise ValueError(f"one of the units {', '.join(SIZE_UNITS)}", hint)
+    return int(float(match[1]) * SIZE_UNITS[unit])
+
+
+def parse_duration(value: object) -> float:
+    """Return seconds from a number with a unit ("250ms", "1h", "1h30m"). Raises ValueError."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("a duration with its unit (ms, s, m, h, d)", f"{value}s")
+    parts = list(_DURATION_PART.finditer(value)) if isinstance(value, str) else []
+    if not parts or "".join(part[0] for part in parts) != typing.cast(str, value).strip():
+        raise ValueError('a duration such as "250ms", "20s" or "1h"')
+    return sum(float(part[1]) * _DURATION_UNITS_S[part[2]] for part in parts)
+
+
+def show_size(size_bytes: int) -> str:
+    """A size for people, in the units the file takes."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size_bytes >= SIZE_UNITS[unit]:
+            return f"{size_bytes / SIZE_UNITS[unit]:.4g}{unit}"
+    return f"{size_bytes}B"
+
+
+def show_duration(duration_s: float) -> str:
+    """A duration for people, in the units the file takes."""
+    for unit in ("d", "h", "m", "s"):
+        if duration_s >= _DURATION_UNITS_S[unit]:
+            return f"{duration_s / _DURATION_UNITS_S[unit]:.4g}{unit}"
+    return f"{duration_s * 1000:.4g}ms"
+
+
+def topic_filter_fault(topic_filter: str) -> tuple[str, str] | None:
+    """What is wrong with an MQTT topic filter (MQTT 5.0, 4.7), and what might be meant; None if nothing is."""
+    if not topic_filter or "\0" in topic_filter or len(topic_filter.encode()) > 65535:
+        return "a topic filter of 1 to 65535 bytes", '"alarm/#"'
+    if topic_filter.startswith("$"):
+        return "a topic filter that does not begin with '$', as apps may not publish there", ""
+    levels = topic_filter.split("/")
+    for number, level in enumerate(levels):
+        if "#" in level and (level != "#" or number != len(levels) - 1):
+            head = "/".join([*levels[:number], level.split("#")[0], "#"]).replace("//", "/")
+            return "'#' to stand alone as the last level", json.dumps(head)
+        if "+" in level and level != "+":
+            near = "/".join("+" if "+" in each else each for each in levels)
+            return "'+' to stand alone in its level", json.dumps(near)
+    return None
+
+
+def fill(template: str, **values: str) -> str:
+    """Replace each `{name}` of a template by its value."""
+    return PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where to listen: a TCP host and port, or the path of a Unix socket (then host is empty, port 0)."""
+
+    host: str
+    port: int
+    path: str = ""
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return bool(self.path) or is_loopback(self.host)
+
+    def overlaps(self, other: Listen) -> bool:
+        """Whether the two cannot both be opened."""
+        if self.path or other.path:
+            return self.path == other.path
+        hosts = {_host_key(self.host), _host_key(other.host)}
+        return self.port == other.port != 0 and (len(hosts) == 1 or bool(hosts & {"0.0.0.0", "::"}))
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _host_key(host: str) -> str:
+    return "127.0.0.1" if host.lower() == "localhost" else host.lower()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, as written, can only be this machine. Looks nothing up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def parse_listen(text: str, port_default: int = 1883) -> Listen:
+    """Read "host:port", "[::1]:port" or "unix:/path". Raises ValueError(expected, what to write)."""
+    if text.startswith("unix:"):
+        path = text[5:]
+        if not path.startswith("/") or len(path.encode()) > UNIX_PATH_MAX_BYTES or "\0" in path:
+            raise ValueError(f"an absolute path of at most {UNIX_PATH_MAX_BYTES} bytes after unix:")
+        return Listen("", 0, path)
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]*)):(\d{1,5})", text)
+    if match is None:
+        host = text.strip() if re.fullmatch(r"\s*[\w.-]*[A-Za-z.][\w.-]*\s*", text) else "127.0.0.1"
+        port = text.strip(": ") if text.strip(": ").isdecimal() else str(port_default)
+        raise ValueError('"host:port", "[::1]:port" or "unix:/path"', f"{host}:{port}")
+    host, number = match[1] or match[2], int(match[3])
+    if not host:
+        raise ValueError("a host before the port (0.0.0.0 for every interface)", f"127.0.0.1:{number}")
+    if number > 65535:
+        raise ValueError("a port from 0 to 65535", f"{host}:{port_default}")
+    if match[1]:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise ValueError("an IPv6 address between the brackets", f"[::1]:{number}") from None
+    return Listen(host, number)
+
+
+@dataclass(frozen=True, slots=True)
+class HubUrl:
+    """Where a hub listens: `tls` is what amqps:// asks for."""
+
+    tls: bool
+    host: str
+    port: int
+
+    @property
+    def loopback(self) -> bool:
+        return is_loopback(self.host)
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'amqps' if self.tls else 'amqp'}://{host}:{self.port}"
+
+
+def parse_hub_url(text: str) -> HubUrl:
+    """Read "amqps://host[:port]" or "amqp://host[:port]". Raises ValueError(expected, what to write)."""
+    if "://" not in text:
+        raise ValueError("a URL that begins with amqps:// or amqp://", f"amqps://{text}" if text else "")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise ValueError("amqps://host:port") from None
+    if parts.scheme not in ("amqp", "amqps"):
+        raise ValueError("the scheme amqps or amqp", f"amqps://{parts.netloc.rpartition('@')[2]}")
+    tls = parts.scheme == "amqps"
+    if not parts.hostname or not parts.hostname.isprintable() or " " in parts.hostname:
+        raise ValueError("a host name or address after ://", f"{parts.scheme}://hub.example:5671")
+    url = HubUrl(tls, parts.hostname, port if port is not None else (5671 if tls else 5672))
+    if parts.username is not None:
+        raise ValueError("no user in the URL, but in `user` and `password_file`", str(url))
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError("nothing after host and port", str(url))
+    if url.port == 0:
+        raise ValueError("a port from 1 to 65535", str(HubUrl(tls, url.host, 5671 if tls else 5672)))
+    return url

@@ -1,0 +1,861 @@
+"""The server's end of one MQTT connection: bytes and `now` in, events and bytes out.
+
+Knows no socket, clock, session store, password or rule: it says what the client asked, and its owner answers with
+`accept`, `refuse`, `puback`, `suback`, `publish`, `disconnect`. Speaks 3.1.1 and 5.0 at QoS 0 and 1.
+
+The owner's loop::
+
+    conn.deadline(now)                         # once when TCP is up: the time to CONNECT runs from here
+    events = conn.receive(data, now)           # and write conn.data_to_send() after every call below, too
+    on Connected:  conn.accept(...) or conn.refuse(reason), now or later; stop reading the socket in between
+    on Publishes:  journal them, and after the commit conn.puback(ids)
+    at conn.deadline(now): conn.tick(now)
+    when conn.closing: write what data_to_send() gives, then close TCP
+    when TCP ends: conn.eof()
+
+`accept` returns events: what the client sent behind its CONNECT is held until then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from gateway.errors import LinesideError
+from gateway.mqtt.codec import (
+    CONNACK_REASONS,
+    DISCONNECT_REASONS,
+    REMAINING_LENGTH_MAX,
+    V3,
+    V5,
+    Connack,
+    ConnackProperties,
+    Connect,
+    Disconnect,
+    DisconnectProperties,
+    MqttError,
+    PacketType,
+    Pingreq,
+    Pingresp,
+    PropertiesCache,
+    Puback,
+    Pubcomp,
+    Publish,
+    PublishProperties,
+    Pubrec,
+    Pubrel,
+    Reason,
+    Suback,
+    Subscribe,
+    TopicCache,
+    Unsuback,
+    Unsubscribe,
+    check_first_byte,
+    decode_body,
+    encode,
+    encode_properties,
+    encode_text,
+    encode_varint,
+    protocol_level,
+    remaining_length,
+    split_alias,
+)
+
+PACKET_IDS_MAX = 65_535
+NO_LIMIT = sys.maxsize
+_PINGRESP = encode(Pingresp(), V3)
+
+# topic, QoS, retain, dup, packet id (2 bytes; b"" at QoS 0), payload, properties (None: none, or 3.1.1).
+# A plain tuple and the id as bytes: made once per message, and the id goes back out as it came.
+Message: TypeAlias = tuple[str, int, bool, bool, bytes, bytes, PublishProperties | None]
+
+
+class State(Enum):
+    AWAITING_CONNECT = "awaiting CONNECT"
+    AWAITING_VERDICT = "awaiting accept or refuse"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Cause(Enum):
+    CONNECT = "CONNECT came"
+    ACCEPT = "the owner accepted"
+    REFUSE = "the owner refused"
+    DISCONNECT = "the client said DISCONNECT"
+    CLOSE = "the owner closed"
+    FAIL = "the client broke the protocol or kept silent"
+    EOF = "TCP ended"
+
+
+# What is missing here is our own mistake and raises.
+TRANSITIONS: dict[tuple[State, Cause], State] = {
+    (State.AWAITING_CONNECT, Cause.CONNECT): State.AWAITING_VERDICT,
+    (State.AWAITING_CONNECT, Cause.CLOSE): State.CLOSED,
+    (State.AWAITING_CONNECT, Cause.FAIL): State.CLOSED,
+    (State.AWAITING_CONNECT, Cause.EOF): State.CLOSED,
+    (State.AWAITING_VERDICT, Cause.ACCEPT): State.OPEN,
+    (State.AWAITING_VERDICT, Cause.REFUSE): State.CLOSED,
+    (State.AWAITING_VERDICT, Cause.FAIL): State.CLOSED,
+    (State.AWAITING_VERDICT, Cause.EOF): State.CLOSED,
+    (State.OPEN, Cause.DISCONNECT): State.CLOSED,
+    (State.OPEN, Cause.CLOSE): State.CLOSED,
+    (State.OPEN, Cause.FAIL): State.CLOSED,
+    (State.OPEN, Cause.EOF): State.CLOSED,
+}
+
+# What a client may send in a state; anything else is its protocol error.
+RECEIVABLE: dict[State, frozenset[PacketType]] = {
+    State.AWAITING_CONNECT: frozenset({PacketType.CONNECT}),
+    State.AWAITING_VERDICT: frozenset(),
+    State.OPEN: frozenset(
+        {
+            PacketType.PUBLISH,
+            PacketType.PUBACK,
+            PacketType.PUBREC,
+            PacketType.PUBREL,
+            PacketType.PUBCOMP,
+            PacketType.SUBSCRIBE,
+            PacketType.UNSUBSCRIBE,
+            PacketType.PINGREQ,
+            PacketType.DISCONNECT,
+        }
+    ),
+    State.CLOSED: frozenset(),
+}
+
+# 5.0 reason to 3.1.1 return code (3.1.1 §3.2.2.3). Others have no word there: the connection is closed without one.
+RETURN_CODE_3: dict[int, int] = {
+    Reason.UNSUPPORTED_PROTOCOL_VERSION: 1,
+    Reason.CLIENT_IDENTIFIER_NOT_VALID: 2,
+    Reason.SERVER_UNAVAILABLE: 3,
+    Reason.SERVER_BUSY: 3,
+    Reason.SERVER_SHUTTING_DOWN: 3,
+    Reason.QUOTA_EXCEEDED: 3,
+    Reason.CONNECTION_RATE_EXCEEDED: 3,
+    Reason.BAD_USER_NAME_OR_PASSWORD: 4,
+    Reason.NOT_AUTHORIZED: 5,
+    Reason.BANNED: 5,
+    Reason.BAD_AUTHENTICATION_METHOD: 5,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one connection may cost. Packet sizes count the whole packet, header included.
+
+    `receive_maximum`: PUBLISHes of QoS 1 a 5.0 client may have unacknowledged. 3.1.1 has no such word: there the
+    owner stops reading the socket when `unacknowledged` grows too large.
+    `keep_alive_max_s`: 0 for no limit; else a 5.0 client is told this if it asks for longer or none.
+    `topic_alias_max`: aliases a 5.0 client may set; each holds one topic of at most 64 KiB.
+    `held_max_bytes`: sent behind CONNECT while the verdict is out.
+    `send_window_max`: our PUBLISHes of QoS 1 unacknowledged by the client, at most.
+    """
+
+    packet_max_bytes: int = 1 << 20
+    receive_maximum: int = 1000
+    keep_alive_max_s: int = 0
+    topic_alias_max: int = 16
+    connect_max_bytes: int = 128 << 10
+    connect_timeout_s: float = 10.0
+    held_max_bytes: int = 1 << 20
+    send_window_max: int = 100
+    maximum_qos: int = 1
+    retain_available: bool = True
+    subscription_identifiers_available: bool = True
+    shared_subscriptions_available: bool = False
+
+    def __post_init__(self) -> None:
+        if not 64 <= self.packet_max_bytes <= REMAINING_LENGTH_MAX + 5:
+            raise ValueError("packet_max_bytes is 64 to 268435460")
+        if not 1 <= self.receive_maximum <= PACKET_IDS_MAX or not 1 <= self.send_window_max <= PACKET_IDS_MAX:
+            raise ValueError("receive_maximum and send_window_max are 1 to 65535")
+        if not 0 <= self.keep_alive_max_s <= 65_535 or not 0 <= self.topic_alias_max <= 65_535:
+            raise ValueError("keep_alive_max_s and topic_alias_max are 0 to 65535")
+        if self.maximum_qos not in (0, 1):
+            raise ValueError("maximum_qos is 0 or 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The client asks to connect: answer with `accept` or `refuse`."""
+
+    connect: Connect
+
+
+@dataclass(frozen=True, slots=True)
+class Publishes:
+    """Messages in the order they came. Those of QoS 1 want `puback`."""
+
+    messages: list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Acked:
+    """PUBACKs for messages we sent, in the order they came. `refused`: those with a reason of failure, and it.
+
+    A refused message is finished, too (MQTT 5.0 §4.3.2), but it was lost and belongs in the ledger.
+    """
+
+    packet_ids: list[int]
+    refused: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribed:
+    """Answer with `suback`, one reason a subscription."""
+
+    packet: Subscribe
+
+
+@dataclass(frozen=True, slots=True)
+class Unsubscribed:
+    """Answer with `unsuback`, one reason a filter."""
+
+    packet: Unsubscribe
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The client is gone. `clean`: it said so, and the will must not be published. No packet: TCP just ended."""
+
+    packet: Disconnect | None
+    clean: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The client broke the protocol or kept silent. The will must be published; nothing more is read."""
+
+    error: MqttError
+
+
+Event: TypeAlias = Connected | Publishes | Acked | Subscribed | Unsubscribed | Disconnected | Failed
+
+
+class TooLargeForPeer(LinesideError):
+    """A message is larger than the client takes. It must be dropped as if it had been sent (MQTT-3.1.2-25)."""
+
+
+def _publish_flags(first: int) -> tuple[int, bool, bool] | None:
+    qos, retain, dup = first >> 1 & 3, bool(first & 1), bool(first & 8)
+    plain = first >> 4 == PacketType.PUBLISH and qos < 2 and not (dup and not qos)
+    return (qos, retain, dup) if plain else None
+
+
+# (QoS, retain, dup) by first byte, for those bytes the hot loop takes.
+_FLAGS: tuple[tuple[int, bool, bool] | None, ...] = tuple(_publish_flags(first) for first in range(256))
+
+
+class ServerConnection:
+    """One client. `topics` and `properties` are caches that all connections of a listener may share."""
+
+    def __init__(
+        self, limits: Limits, topics: TopicCache | None = None, properties: PropertiesCache | None = None
+    ) -> None:
+        self.limits = limits
+        self.state = State.AWAITING_CONNECT
+        self.version = V3  # until CONNECT says
+        self.connect: Connect | None = None
+        self.client_id = ""
+        self.keep_alive_s = 0
+        self._topics = TopicCache() if topics is None else topics
+        self._properties = PropertiesCache() if properties is None else properties
+        self._aliases: dict[int, str] = {}
+        self._buffer = bytearray()  # an unfinished packet, or what is held behind CONNECT
+        self._need_bytes = 0  # nothing to do before the buffer holds so many
+        self._out: list[bytes] = []
+        self._began_s: float | None = None
+        self._heard_s = 0.0
+        self._intake_room = NO_LIMIT  # PUBLISHes of QoS 1 the client may still send
+        self._intake_room_max = NO_LIMIT
+        self._in_flight: dict[int, None] = {}
+        self._next_id = 1
+        self._window = limits.send_window_max
+        self._send_max_bytes = REMAINING_LENGTH_MAX + 5
+
+    # ------------------------------------------------------------------------------------------ questions
+    @property
+    def closing(self) -> bool:
+        """Write what `data_to_send` gives, then close TCP."""
+        return self.state is State.CLOSED
+
+    @property
+    def window_left(self) -> int:
+        """How many messages of QoS 1 `publish` takes now."""
+        return self._window - len(self._in_flight) if self.state is State.OPEN else 0
+
+    @property
+    def unacknowledged(self) -> int:
+        """How many messages of QoS 1 the client waits to have acknowledged."""
+        return self._intake_room_max - self._intake_room
+
+    def deadline(self, now: float) -> float | None:
+        """When `tick` has something to say, if nothing is received before then."""
+        if self._began_s is None:
+            self._began_s = now
+        if self.state is State.AWAITING_CONNECT:
+            return self._began_s + self.limits.connect_timeout_s
+        if self.state is State.OPEN and self.keep_alive_s:
+            return self._heard_s + 1.5 * self.keep_alive_s  # MQTT-3.1.2-22
+        return None
+
+    def data_to_send(self) -> bytes:
+        """Everything to write, once."""
+        if not self._out:
+            return b""
+        data = b"".join(self._out)
+        self._out.clear()
+        return data
+
+    # --------------------------------------------------------------------------------------------- input
+    def receive(self, data: bytes, now: float) -> list[Event]:
+        """Take bytes as they came, split anywhere. Never raises for anything a peer can send.
+
+        Any byte counts as a sign of life: a large packet over a narrow line must not look like silence.
+        """
+        if self._began_s is None:
+            self._began_s = now
+        if not data or self.state is State.CLOSED:
+            return []
+        self._heard_s = now
+        if self.state is State.AWAITING_VERDICT:
+            return self._hold(data)
+        if self._buffer:
+            self._buffer += data
+            if len(self._buffer) < self._need_bytes:
+                return []
+            data = bytes(self._buffer)
+            self._buffer.clear()
+        return self._process(data)
+
+    def tick(self, now: float) -> list[Event]:
+        """Let time pass: a CONNECT that never came, a keep-alive that ran out."""
+        due = self.deadline(now)
+        if due is None or now < due:
+            return []
+        if self.state is State.OPEN:
+            return self._fail(MqttError(Reason.KEEP_ALIVE_TIMEOUT, "nothing was heard for 1.5 keep-alives"))
+        return self._fail(MqttError(Reason.KEEP_ALIVE_TIMEOUT, "no CONNECT came in time"))
+
+    def eof(self) -> list[Event]:
+        """TCP ended. No event if the end was already told, or ours."""
+        if self.state is State.CLOSED:
+            return []
+        self._enter(Cause.EOF)
+        return [Disconnected(None, False, "the connection ended without DISCONNECT")]
+
+    def _enter(self, cause: Cause) -> None:
+        after = TRANSITIONS.get((self.state, cause))
+        if after is None:
+            raise AssertionError(f"{cause.value}, while {self.state.value}")
+        self.state = after
+        if after is State.CLOSED:
+            self._buffer.clear()
+            self._aliases.clear()
+
+    def _hold(self, data: bytes) -> list[Event]:
+        self._buffer += data
+        if len(self._buffer) > self.limits.held_max_bytes:
+            return self._fail(MqttError(Reason.QUOTA_EXCEEDED, "too much was sent before the CONNACK"))
+        return []
+
+    def _process(self, data: bytes) -> list[Event]:
+        events: list[Event] = []
+        try:
+            if self.state is State.AWAITING_CONNECT:
+                at = self._take_connect(data, events)
+            else:
+                at = self._take_packets(data, events)
+        except MqttError as error:
+            return events + self._fail(error)
+        if self.state is State.CLOSED:
+            return events
+        if self.state is State.AWAITING_VERDICT:
+            return events + (self._hold(data[at:]) if at < len(data) else [])
+        self._buffer += data[at:]
+        return events
+
+    def _frame(self, data: bytes, at: int, max_bytes: int) -> tuple[int, int] | None:
+        """(where the body begins, where it ends) of the packet at `at`; None, and `_need_bytes`, if it is unfinished.
+
+        Judges the header alone, so an unwanted packet is refused before it is buffered.
+        """
+        framed = remaining_length(data, at, strict=self.version == V5)
+        if framed is None:
+            self._need_bytes = len(data) - at + 1
+            return None
+        size, begin = framed
+        end = begin + size
+        if end - at > max_bytes:
+            raise MqttError(
+                Reason.PACKET_TOO_LARGE, f"a packet of {end - at} bytes, more than the {max_bytes} allowed"
+            )
+        first = data[at]
+        kind = check_first_byte(first, self.version)
+        if kind not in RECEIVABLE[self.state]:
+            raise MqttError(Reason.PROTOCOL_ERROR, f"{kind.name} while {self.state.value}")
+        if kind is PacketType.PUBLISH:
+            self._check_publish(first)
+        if end > len(data):
+            self._need_bytes = end - at
+            return None
+        return begin, end
+
+    def _check_publish(self, first: int) -> None:
+        if first >> 1 & 3 > self.limits.maximum_qos:
+            raise MqttError(Reason.QOS_NOT_SUPPORTED, f"PUBLISH above QoS {self.limits.maximum_qos}")
+        if first & 1 and not self.limits.retain_available and self.version == V5:
+            raise MqttError(Reason.RETAIN_NOT_SUPPORTED, "PUBLISH has RETAIN set")
+
+    # --------------------------------------------------------------------------------------- CONNECT
+    def _take_connect(self, data: bytes, events: list[Event]) -> int:
+        framed = self._frame(data, 0, min(self.limits.connect_max_bytes, self.limits.packet_max_bytes))
+        if framed is None:
+            return 0
+        begin, end = framed
+        body = data[begin:end]
+        level = protocol_level(body)
+        if level is not None and level >= V5:
+            self.version = V5  # so that a refusal is said in the client's own words
+        try:
+            connect = decode_body(data[0], body, V3)
+            assert isinstance(connect, Connect)
+            self._check_connect(connect)
+        except MqttError as error:
+            self._write_refusal(error, level)
+            raise
+        self.connect = connect
+        self.version = connect.version
+        self.client_id = connect.client_id
+        self._adopt(connect)
+        self._enter(Cause.CONNECT)
+        events.append(Connected(connect))
+        return end
+
+    def _check_connect(self, connect: Connect) -> None:
+        if connect.version == V3 and not connect.client_id and not connect.clean_start:
+            raise MqttError(
+                Reason.CLIENT_IDENTIFIER_NOT_VALID, "a session needs a client identifier"
+            )  # MQTT-3.1.3-8
+        if connect.properties.authentication_method is not None:
+            raise MqttError(Reason.BAD_AUTHENTICATION_METHOD, "no authentication method is known here")
+        will = connect.will
+        if will is not None and will.qos > self.limits.maximum_qos:
+            raise MqttError(Reason.QOS_NOT_SUPPORTED, f"the will is above QoS {self.limits.maximum_qos}")
+        if will is not None and will.retain and not self.limits.retain_available and connect.version == V5:
+            raise MqttError(Reason.RETAIN_NOT_SUPPORTED, "the will has RETAIN set")
+
+    def _adopt(self, connect: Connect) -> None:
+        limits = self.limits
+        self.keep_alive_s = connect.keep_alive
+        if connect.version == V3:
+            return
+        if limits.keep_alive_max_s and not 0 < connect.keep_alive <= limits.keep_alive_max_s:
+            self.keep_alive_s = limits.keep_alive_max_s
+        self._intake_room = self._intake_room_max = limits.receive_maximum
+        self._window = min(limits.send_window_max, connect.properties.receive_maximum or PACKET_IDS_MAX)
+        if connect.properties.maximum_packet_size is not None:
+            self._send_max_bytes = connect.properties.maximum_packet_size
+
+    def accept(
+        self,
+        session_present: bool,
+        *,
+        assigned_client_id: str | None = None,
+        session_expiry_s: int | None = None,
+        response_information: str | None = None,
+    ) -> list[Event]:
+        """Queue a CONNACK of success, and return the events of what was held behind CONNECT.
+
+        `assigned_client_id` is required where the client sent none; `session_expiry_s` only where it differs from
+        what the client asked (MQTT 5.0 §3.2.2.3.2). Nothing happens if the client is gone meanwhile.
+        """
+        if self.state is State.CLOSED:
+            return []
+        connect = self.connect
+        assert connect is not None, "accept before CONNECT"
+        assert connect.client_id or assigned_client_id, "a client without an identifier is given one"
+        assert not (session_present and connect.clean_start), "a clean start has no session"  # MQTT-3.2.2-2
+        self._enter(Cause.ACCEPT)
+        self.client_id = assigned_client_id or connect.client_id
+        limits = self.limits
+        properties = ConnackProperties(
+            session_expiry_interval=session_expiry_s,
+            receive_maximum=limits.receive_maximum if limits.receive_maximum < PACKET_IDS_MAX else None,
+            maximum_qos=limits.maximum_qos,
+            retain_available=None if limits.retain_available else 0,
+            maximum_packet_size=limits.packet_max_bytes,
+            assigned_client_identifier=assigned_client_id,
+            topic_alias_maximum=limits.topic_alias_max or None,
+            subscription_identifier_available=None if limits.subscription_identifiers_available else 0,
+            shared_subscription_available=None if limits.shared_subscriptions_available else 0,
+            server_keep_alive=self.keep_alive_s if self.keep_alive_s != connect.keep_alive else None,
+            response_information=response_information,
+        )
+        self._out.append(encode(Connack(session_present, 0, properties), self.version))
+        held = bytes(self._buffer)
+        self._buffer.clear()
+        return self._process(held) if held else []
+
+    def refuse(self, reason: int, text: str = "") -> None:
+        """Queue a CONNACK that says why not, and close. 3.1.1 has fewer words; some reasons have none there.
+
+        Nothing happens if the client is gone meanwhile.
+        """
+        if self.state is State.CLOSED:
+            return
+        self._enter(Cause.REFUSE)
+        self._write_connack_refusal(reason, text)
+
+    def _write_refusal(self, error: MqttError, level: int | None) -> None:
+        """Answer a CONNECT that can't be taken. To what isn't MQTT, silence."""
+        if level is not None:
+            self._write_connack_refusal(error.reason, error.text)
+
+    def _write_connack_refusal(self, reason: int, text: str) -> None:
+        if self.version == V3:
+            if reason in RETURN_CODE_3:
+                self._out.append(encode(Connack(False, RETURN_CODE_3[reason]), V3))
+            return
+        if reason not in CONNACK_REASONS or reason < 0x80:
+            reason = Reason.UNSPECIFIED_ERROR
+        worded = encode(Connack(False, reason, ConnackProperties(reason_string=text or None)), V5)
+        if len(worded) > self._send_max_bytes:
+            worded = encode(Connack(False, reason), V5)
+        self._out.append(worded)
+
+    # --------------------------------------------------------------------------------------- packets
+    def _take_packets(self, data: bytes, events: list[Event]) -> int:
+        """Take every whole packet in `data`; return where the rest begins."""
+        messages: list[Message] = []
+        acked: list[int] = []
+        refused: list[tuple[int, int]] = []
+        at = 0
+        try:
+            while self.state is State.OPEN:
+                at = self._take_plain(data, at, messages, acked)
+                framed = self._frame(data, at, self.limits.packet_max_bytes) if at < len(data) else None
+                if framed is None:
+                    return at
+                first, body = data[at], data[framed[0] : framed[1]]
+                at = framed[1]
+                if first >> 4 == PacketType.PUBLISH:
+                    messages.append(self._take_publish(first, body))
+                elif first >> 4 == PacketType.PUBACK:
+                    self._take_puback(body, acked, refused)
+                else:
+                    event = self._take_control(first, body)
+                    if event is not None:
+                        _flush(events, messages, acked, refused)
+                        messages, acked, refused = [], [], []
+                        events.append(event)
+        finally:
+            _flush(events, messages, acked, refused)
+        return at
+
+    def _take_plain(self, d: bytes, i: int, messages: list[Message], acked: list[int]) -> int:
+        """Take plain PUBLISHes of QoS 0 and 1 and plain PUBACKs from `i`; return where something else begins.
+
+        HOT, and written for speed: `python tests/protocol/test_mqtt_connection.py` measures it. It takes only
+        what `_frame` and `_take_publish` would take, and leaves everything it is not sure of to them.
+        """
+        limits = self.limits
+        if not (limits.maximum_qos and limits.retain_available):
+            return i
+        add = messages.append
+        topics = self._topics
+        sections = self._properties
+        flags_of = _FLAGS
+        v5 = self.version == V5
+        max_bytes = limits.packet_max_bytes
+        in_flight = self._in_flight
+        room = self._intake_room
+        n = len(d)
+        properties = None
+        try:
+            while i + 4 <= n:
+                first = d[i]
+                end = d[i + 1]
+                begin = i + 2
+                flags = flags_of[first]
+                if flags is None:
+                    if first != 0x40 or end != 2:
+                        return i
+                    number = d[begin] << 8 | d[i + 3]
+                    if number not in in_flight:
+                        return i
+                    del in_flight[number]
+                    acked.append(number)
+                    i += 4
+                    continue
+                if end > 127:
+                    high = d[begin]
+                    if not 0 < high < 128:
+                        return i
+                    end += (high << 7) - 128
+                    begin += 1
+                end += begin
+                if end > n or begin + 2 > end or end - i > max_bytes:
+                    return i
+                p = begin + 2 + (d[begin] << 8 | d[begin + 1])  # where the topic ends
+                qos, retain, dup = flags
+                if qos:
+                    m = p + 2
+                    packet_id = d[p:m]
+                    if packet_id == b"\0\0" or not room:
+                        return i
+                else:
+                    m = p
+                    packet_id = b""
+                if v5:
+                    if m >= end:
+                        return i
+                    size = d[m]
+                    m += 1
+                    if size:
+                        if size > 127 or m + size > end:
+                            return i
+                        properties, alias = sections[d[m - 1 : m + size]]
+                        m += size
+                        if alias:
+                            raw = d[begin + 2 : p]
+                            topic = self._resolve(topics[raw] if raw else "", alias)
+                        elif p == begin + 2:
+                            return i
+                        else:
+                            topic = topics[d[begin + 2 : p]]
+                    elif p == begin + 2:
+                        return i
+                    else:
+                        properties = None
+                        topic = topics[d[begin + 2 : p]]
+                elif m > end:
+                    return i
+                else:
+                    topic = topics[d[begin + 2 : p]]
+                add((topic, qos, retain, dup, packet_id, d[m:end], properties))
+                if qos:
+                    room -= 1
+                i = end
+            return i
+        finally:
+            self._intake_room = room
+
+    def _take_publish(self, first: int, body: bytes) -> Message:
+        packet = decode_body(first, body, self.version)
+        assert isinstance(packet, Publish)
+        if packet.qos:
+            if not self._intake_room:
+                raise MqttError(
+                    Reason.RECEIVE_MAXIMUM_EXCEEDED, "more unacknowledged PUBLISHes than the receive maximum"
+                )
+            self._intake_room -= 1
+        properties, alias = split_alias(packet.properties)
+        topic = self._resolve(packet.topic, alias) if alias else packet.topic
+        packet_id = packet.packet_id.to_bytes(2, "big") if packet.qos else b""
+        return topic, packet.qos, packet.retain, packet.dup, packet_id, packet.payload, properties
+
+    def _resolve(self, topic: str, alias: int) -> str:
+        """Set or use an alias (MQTT 5.0 §3.3.2.3.4)."""
+        if alias > self.limits.topic_alias_max:
+            raise MqttError(Reason.TOPIC_ALIAS_INVALID, "a topic alias above the topic alias maximum")
+        if topic:
+            self._aliases[alias] = topic
+            return topic
+        if alias not in self._aliases:
+            raise MqttError(Reason.PROTOCOL_ERROR, "a topic alias that was never set")
+        return self._aliases[alias]
+
+    def _take_puback(self, body: bytes, acked: list[int], refused: list[tuple[int, int]]) -> None:
+        packet = decode_body(0x40, body, self.version)
+        assert isinstance(packet, Puback)
+        if packet.packet_id not in self._in_flight:
+            return  # acknowledged twice, or of an earlier connection: nothing waits for it
+        del self._in_flight[packet.packet_id]
+        acked.append(packet.packet_id)
+        if packet.reason >= 0x80:
+            refused.append((packet.packet_id, packet.reason))
+
+    def _take_control(self, first: int, body: bytes) -> Event | None:
+        packet = decode_body(first, body, self.version)
+        match packet:
+            case Subscribe():
+                if (
+                    packet.properties.subscription_identifier
+                    and not self.limits.subscription_identifiers_available
+                ):
+                    raise MqttError(
+                        Reason.SUBSCRIPTION_IDENTIFIERS_NOT_SUPPORTED,
+                        "SUBSCRIBE has a subscription identifier",
+                    )
+                return Subscribed(packet)
+            case Unsubscribe():
+                return Unsubscribed(packet)
+            case Pingreq():
+                self._out.append(_PINGRESP)
+            case Pubrec() | Pubrel() | Pubcomp():
+                self._answer_qos_2(packet)
+            case Disconnect():
+                return self._take_disconnect(packet)
+            case _:
+                raise AssertionError(f"{type(packet).__name__} is not receivable")
+        return None
+
+    def _answer_qos_2(self, packet: Pubrec | Pubrel | Pubcomp) -> None:
+        """No exchange of QoS 2 exists here, so whatever the client wants to finish is not found (§4.3.3)."""
+        if not isinstance(packet, Pubrel) and packet.packet_id in self._in_flight:
+            raise MqttError(Reason.PROTOCOL_ERROR, "a message of QoS 1 is acknowledged as one of QoS 2")
+        not_found = Reason.PACKET_IDENTIFIER_NOT_FOUND
+        match packet:
+            case Pubrel():
+                self._out.append(encode(Pubcomp(packet.packet_id, not_found), self.version))
+            case Pubrec() if packet.reason < 0x80:
+                self._out.append(encode(Pubrel(packet.packet_id, not_found), self.version))
+            case _:
+                pass
+
+    def _take_disconnect(self, packet: Disconnect) -> Event:
+        asked = self.connect.properties.session_expiry_interval if self.connect is not None else None
+        if packet.properties.session_expiry_interval and not asked:
+            raise MqttError(
+                Reason.PROTOCOL_ERROR, "DISCONNECT revives a session that was to end"
+            )  # §3.14.2.2.2
+        self._enter(Cause.DISCONNECT)
+        clean = packet.reason == Reason.SUCCESS  # any other reason leaves the will in force (MQTT-3.14.4-3)
+        return Disconnected(packet, clean, f"the client disconnected, reason 0x{packet.reason:02x}")
+
+    def _fail(self, error: MqttError) -> list[Event]:
+        match self.state:
+            case State.AWAITING_VERDICT:
+                self._write_connack_refusal(error.reason, error.text)
+            case State.OPEN:
+                self._write_disconnect(error.reason, error.text)
+            case _:
+                pass  # before a CONNECT was understood no version is agreed on, and no word can be said
+        self._enter(Cause.FAIL)
+        return [Failed(error)]
+
+    # -------------------------------------------------------------------------------------------- output
+    def puback(self, packet_ids: Sequence[bytes], reason: int = 0) -> None:
+        """Acknowledge messages of QoS 1, ids as `Publishes` gave them, in that order (MQTT-4.6.0-2).
+
+        To be called after the commit that holds them. On 3.1.1 a refusal has no word: a `reason` of 0x80 or more
+        closes the connection instead (3.1.1 §3.3.5.2). Nothing happens once the connection is closed.
+        """
+        if self.state is State.CLOSED or not packet_ids:
+            return
+        assert len(packet_ids) <= self.unacknowledged, "more acknowledgements than messages"
+        if reason >= 0x80 and self.version == V3:
+            self._enter(Cause.CLOSE)
+            return
+        self._intake_room += len(packet_ids)
+        if reason and self.version == V5:
+            self._out.append(b"".join([b"\x40\x03%b%c" % (packet_id, reason) for packet_id in packet_ids]))
+        else:
+            self._out.append(b"\x40\x02" + b"\x40\x02".join(packet_ids))
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        qos: int,
+        retain: bool = False,
+        dup: bool = False,
+        properties: PublishProperties | bytes | None = None,
+        *,
+        packet_id: int | None = None,
+    ) -> int | None:
+        """Queue a message; return its packet id, 0 at QoS 0, None if nothing was queued: no window, or not open.
+
+        `properties` may be bytes of `encode_properties`, made once for many clients; 3.1.1 has none.
+        `packet_id`: the id a message sent again had before (MQTT-4.4.0-1).
+        Raises TooLargeForPeer, and then nothing was queued either.
+        """
+        assert qos in (0, 1), "this version sends QoS 0 and 1"
+        assert qos or not dup, "DUP is for QoS 1"  # MQTT-3.3.1-2
+        if self.state is not State.OPEN or (qos and len(self._in_flight) >= self._window):
+            return None
+        section = b""
+        if self.version == V5:
+            if properties is None:
+                section = b"\0"
+            else:
+                section = properties if isinstance(properties, bytes) else encode_properties(properties)
+        name = encode_text(topic)
+        size = len(name) + 2 * qos + len(section) + len(payload)
+        header = bytes((0x30 | dup << 3 | qos << 1 | retain,)) + encode_varint(size)
+        if len(header) + size > self._send_max_bytes:
+            raise TooLargeForPeer(
+                f"a message of {len(header) + size} bytes, the client takes {self._send_max_bytes}"
+            )
+        if not qos:
+            self._out += (header, name, section, payload)
+            return 0
+        number = self._allocate() if packet_id is None else packet_id
+        assert 0 < number <= PACKET_IDS_MAX, "a packet id is 1 to 65535"
+        assert number not in self._in_flight, "a packet id in use"
+        self._in_flight[number] = None
+        self._out += (header, name, number.to_bytes(2, "big"), section, payload)
+        return number
+
+    def _allocate(self) -> int:
+        number = self._next_id
+        while (
+            number in self._in_flight
+        ):  # ends: the window is smaller than the number of ids, or was not full
+            number = number % PACKET_IDS_MAX + 1
+        self._next_id = number % PACKET_IDS_MAX + 1
+        return number
+
+    def suback(self, packet: Subscribe, reasons: Sequence[int]) -> None:
+        """One reason a subscription, in its order: the QoS granted, or 0x80 and above."""
+        assert len(reasons) == len(packet.subscriptions)
+        if self.state is not State.OPEN:
+            return
+        if self.version == V3:
+            reasons = [min(reason, 0x80) for reason in reasons]  # 3.1.1 §3.9.3
+        self._out.append(encode(Suback(packet.packet_id, tuple(reasons)), self.version))
+
+    def unsuback(self, packet: Unsubscribe, reasons: Iterable[int] | None = None) -> None:
+        """One reason a filter, in its order; None: all found and gone."""
+        told = (0,) * len(packet.filters) if reasons is None else tuple(reasons)
+        assert len(told) == len(packet.filters)
+        if self.state is State.OPEN:
+            self._out.append(encode(Unsuback(packet.packet_id, told), self.version))
+
+    def disconnect(self, reason: int, text: str = "") -> None:
+        """Close, and say why where the protocol has a word for it: 5.0, or a CONNACK still owed."""
+        match self.state:
+            case State.CLOSED:
+                return
+            case State.AWAITING_VERDICT:
+                self.refuse(reason, text)
+                return
+            case State.OPEN:
+                self._write_disconnect(reason, text)
+            case _:
+                pass
+        self._enter(Cause.CLOSE)
+
+    def _write_disconnect(self, reason: int, text: str) -> None:
+        if self.version == V3:
+            return  # only a client says DISCONNECT there
+        if reason not in DISCONNECT_REASONS or reason == Reason.DISCONNECT_WITH_WILL:
+            reason = Reason.UNSPECIFIED_ERROR
+        worded = encode(Disconnect(reason, DisconnectProperties(reason_string=text or None)), V5)
+        if len(worded) > self._send_max_bytes:  # MQTT-3.14.2-3
+            worded = encode(Disconnect(reason), V5)
+        self._out.append(worded)
+
+
+def _flush(
+    events: list[Event], messages: list[Message], acked: list[int], refused: list[tuple[int, int]]
+) -> None:
+    if messages:
+        events.append(Publishes(messages))
+    if acked:
+        events.append(Acked(acked, refused))

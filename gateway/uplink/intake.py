@@ -1,0 +1,89 @@
+"""What arrives on one AMQP receiver link: seen before? append, commit, then settle.
+
+The peer's messages are settled in the order they came, each only after the commit that holds it (promise P1), or that
+holds the one it repeats (promise P3). A full stream leaves deliveries unsettled and grants no credit: the peer keeps
+its messages. Knows no socket and reads no clock.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+from gateway.amqp.engine import Receiver
+from gateway.amqp.message import Message, decode, identity
+from gateway.errors import PeerError
+from storeforward.errors import JournalFull
+from storeforward.journal import Journal
+from storeforward.streams import Stream
+
+log = logging.getLogger("lineside.intake")
+
+
+Place = Callable[[Message], tuple[Stream, str]]
+
+
+def _as_it_came(seq: int, body: bytes) -> bytes:
+    return body
+
+
+class Intake:
+    """`place(message)` says which stream and topic; raises PeerError to have the message rejected."""
+
+    def __init__(self, journal: Journal, link: Receiver, credit: int, place: Place, flush: Callable[[], None]) -> None:
+        self.journal = journal
+        self.link = link
+        self.credit = credit
+        self._place = place
+        self._flush = flush
+        self._held: deque[tuple[int, bytes]] = deque()
+        self.received = self.repeated = 0
+        link.topup(credit)
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
+
+    def deliveries(self, batch: list[tuple[int, bytes]]) -> None:
+        self._held.extend(batch)
+        self.retry()
+
+    def retry(self) -> None:
+        """Append what is held, as far as there is room."""
+        held = self._held
+        while held:
+            handle, body = held[0]
+            try:
+                self._append(handle, body)
+            except JournalFull as error:
+                log.debug("inbound held back", extra={"stream": error.stream, "reason": error.reason})
+                return
+            except PeerError as error:
+                self.link.reject(handle, "amqp:decode-error", str(error))
+                self.journal.lose("-", 0, "malformed", len(body), str(error))
+            held.popleft()
+
+    def _append(self, handle: int, body: bytes) -> None:
+        stream, topic = self._place(decode(body))
+        who = identity(body)
+        if who is not None and who in stream.seen:
+            self.repeated += 1
+        else:
+            self.journal.append(stream, topic, _as_it_came, body, identity=who)
+            self.received += 1
+        self.journal.wait(self, handle)
+
+    def committed(self, tokens: list[int]) -> None:
+        self.link.accept(tokens)
+        self._refill()
+
+    def failed(self, tokens: list[int], error: JournalFull) -> None:
+        """Not on disk: the peer gets them back and keeps them."""
+        for handle in tokens:
+            self.link.release(handle)
+        self._refill()
+
+    def _refill(self) -> None:
+        self.link.topup(self.credit)
+        self._flush()

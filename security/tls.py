@@ -1,0 +1,136 @@
+"""Makes `ssl.SSLContext`s from certificate files, and says which file is at fault.
+
+TLS 1.2 and newer. A client always verifies the server's chain and name; a server with a `client_ca` always asks
+for a certificate that it issued. Knows nothing of who connects to whom, nor of what an identity may do.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
+MINIMUM_VERSION: Final = ssl.TLSVersion.TLSv1_2
+FILE_BYTES_MAX: Final = 4 << 20  # a system's whole CA bundle is a quarter of a megabyte
+
+StrPath: TypeAlias = str | os.PathLike[str]
+
+
+class TLSFileError(ValueError):
+    """A certificate or key file can't be used. `path` is the one at fault; the text names it and says why."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+def client_context(
+    ca: StrPath | None = None, cert: StrPath | None = None, key: StrPath | None = None
+) -> ssl.SSLContext:
+    """The context of a side that dials.
+
+    `ca`: PEM file of the authorities to trust, None for the system's. `cert` and `key`: PEM files of our own
+    chain, leaf first, and its unencrypted key; None to show no certificate, `key` None if it is in `cert`.
+    Raises TLSFileError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _harden(context)
+    if ca is None:
+        context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+    else:
+        _trust(context, Path(ca))
+    if cert is not None:
+        _present(context, Path(cert), Path(cert if key is None else key))
+    elif key is not None:
+        raise TLSFileError(Path(key), "a key without a certificate")
+    return context
+
+
+def server_context(
+    cert: StrPath, key: StrPath | None = None, client_ca: StrPath | None = None
+) -> ssl.SSLContext:
+    """The context of a side that listens; with `client_ca` it takes only clients with a certificate from there.
+
+    Shapes and errors as in `client_context`.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _harden(context)
+    _present(context, Path(cert), Path(cert if key is None else key))
+    if client_ca is not None:
+        _trust(context, Path(client_ca))
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _harden(context: ssl.SSLContext) -> None:
+    context.minimum_version = MINIMUM_VERSION
+    # A peer could have us compute a handshake as often as it likes (TLS 1.2 only; 1.3 has no renegotiation).
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    # An intermediate in `ca` is a trust anchor, too: what the operator lists is what is trusted.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+
+
+def _trust(context: ssl.SSLContext, path: Path) -> None:
+    _certificates(path)
+    try:
+        context.load_verify_locations(cafile=path)
+    except (OSError, ssl.SSLError) as error:
+        raise TLSFileError(path, f"OpenSSL does not take it: {_why(error)}") from error
+
+
+def _present(context: ssl.SSLContext, cert: Path, key: Path) -> None:
+    leaf = _certificates(cert)[0]
+    pem = _read(key)
+    try:
+        private = load_pem_private_key(pem, password=None)
+    except TypeError as error:  # cryptography's word for "needs a password"
+        raise TLSFileError(key, "the key is encrypted; a daemon needs it in the clear") from error
+    except UnsupportedAlgorithm as error:
+        raise TLSFileError(key, f"a kind of key that is not supported: {error}") from error
+    except ValueError as error:
+        raise TLSFileError(key, "holds no private key in PEM form") from error
+    ours, theirs = (
+        public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        for public in (private.public_key(), leaf.public_key())
+    )
+    if ours != theirs:
+        raise TLSFileError(key, f"not the key of the first certificate in {cert}")
+    try:
+        context.load_cert_chain(cert, key, password=_no_password)
+    except (OSError, ssl.SSLError) as error:
+        raise TLSFileError(cert, f"OpenSSL does not take it: {_why(error)}") from error
+
+
+def _no_password() -> str:
+    """Without this, OpenSSL would ask the terminal."""
+    return ""
+
+
+def _certificates(path: Path) -> list[x509.Certificate]:
+    """At least one, in the file's order."""
+    pem = _read(path)
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except ValueError as error:
+        raise TLSFileError(path, "holds no certificate in PEM form, or a damaged one") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise TLSFileError(path, (error.strerror or str(error)).lower()) from error
+    if len(data) > FILE_BYTES_MAX:
+        raise TLSFileError(path, f"larger than {FILE_BYTES_MAX} bytes: not a certificate or key file")
+    return data
+
+
+def _why(error: OSError) -> str:
+    return getattr(error, "reason", None) or error.strerror or str(error)
