@@ -36,6 +36,7 @@ make_venv() {
     "$python" -c 'import venv, ensurepip' >/dev/null 2>&1 || die "$python has no venv module." \
         "Debian, Ubuntu: apt install python$version-venv"
     "$python" -m venv --clear "$venv" || die "could not make $venv"
+    printf '%s\n' "$root" >"$venv/made-at"
 }
 
 # Why Qpid Proton would not compile, one reason a line; nothing if it should.
@@ -50,19 +51,23 @@ if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")
 PYTHON
 }
 
+# Whether .venv can be used as it is. One that was moved can't: its scripts hold its path.
+venv_usable() {
+    [ "$(cat "$venv/made-at" 2>/dev/null)" = "$root" ] &&
+        "$venv/bin/python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
 # install EXTRA: Lineside from this directory, editable, with the optional dependencies EXTRA ("" for none).
 # Quick when pyproject.toml is what it was at the last installation.
 install() {
-    local extra=$1 stamp=$venv/installed${1:+-$1}.toml lacks
-    if [ -x "$venv/bin/lineside" ] && "$venv/bin/python" -c '' 2>/dev/null; then
+    local extra=$1 stamp=$venv/installed${1:+-$1}.toml known lacks
+    venv_usable || make_venv
+    for known in "$stamp" "$venv"/installed-*.toml; do
         # What deploy/test installed is enough for deploy/demo.
-        for known in "$stamp" "$venv"/installed-*.toml; do
-            if { [ "$known" = "$stamp" ] || [ -z "$extra" ]; } && cmp -s "$root/pyproject.toml" "$known"; then
-                return 0
-            fi
-        done
-    fi
-    "$venv/bin/python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || make_venv
+        if { [ "$known" = "$stamp" ] || [ -z "$extra" ]; } && cmp -s "$root/pyproject.toml" "$known"; then
+            return 0
+        fi
+    done
     lacks=$(compiler_lacks)
     say "Installing Lineside and what it needs (about a minute the first time: Qpid Proton is compiled)"
     if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off \

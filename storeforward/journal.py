@@ -169,14 +169,14 @@ class Journal:
                 )
             writer.execute(f"PRAGMA synchronous = {synchronous}")
             writer.execute("PRAGMA wal_autocheckpoint = 0")
-            writer.execute("PRAGMA cache_size = -8192")
+            writer.execute("PRAGMA cache_size = -4096")
             writer.execute("PRAGMA foreign_keys = ON")
             schema.migrate(writer)
             if new:
                 _sync_directory(state_dir)
             reader = sqlite3.connect(path, isolation_level=None, timeout=5)
             reader.execute("PRAGMA query_only = ON")
-            reader.execute("PRAGMA cache_size = -4096")
+            reader.execute("PRAGMA cache_size = -2048")
             journal = cls(state_dir, writer, reader, lock, clock, wall)
             journal._load()
         except BaseException:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import sqlite_utils
+if TYPE_CHECKING:
+    import sqlite_utils
 
 SEQ_BITS = 48
 SEQ_MASK = (1 << SEQ_BITS) - 1
@@ -136,6 +138,8 @@ def migrate(connection: sqlite3.Connection, to: int = VERSION) -> int:
     (found,) = connection.execute("PRAGMA user_version").fetchone()
     if found >= to:
         return int(found)
+    import sqlite_utils  # 6 MB of memory that a daemon whose journal is up to date need not spend
+
     connection.execute("BEGIN EXCLUSIVE")
     try:
         db = sqlite_utils.Database(connection)

@@ -368,9 +368,9 @@ class _Link:
         self, *, source: Terminus | None = None, target: Terminus | None = None, max_message_bytes: int = 0
     ) -> None:
         """Answer a peer's attach with yes: its own source and target, unless others are given here."""
-        assert not self._opened
-        if not self.alive:
+        if not self.alive or self._closing:
             return
+        assert not self._opened
         self._link.source.copy(self._link.remote_source)
         self._link.target.copy(self._link.remote_target)
         if source is not None:
@@ -384,9 +384,9 @@ class _Link:
 
     def refuse(self, condition: str, description: str = "") -> None:
         """Answer a peer's attach with no: an attach without the terminus asked for, then a detach (part 2.6.3)."""
-        assert not self._opened
-        if not self.alive:
+        if not self.alive or self._closing:
             return
+        assert not self._opened
         if self.role is Role.RECEIVER:
             self._link.source.copy(self._link.remote_source)
             self._link.target.type = proton.Terminus.UNSPECIFIED
@@ -539,22 +539,17 @@ class Sender(_Link):
         return outcomes
 
     def _collect(self) -> bool:
-        """Walk the settled head of the window: whether take_outcomes() has something."""
-        if self._window:
-            # A large message may be settled before its end (rejected early); its rest is not worth sending.
-            first = self._window[0]
-            for state, seq, count, condition, description, failed, undeliverable in raw.settled_heads(
-                self._window
-            ):
-                kind = _OUTCOME_BY_STATE[state]
-                self._outcomes.append(
-                    Outcome(kind, seq, count, condition, description, failed, undeliverable)
-                )
-            if self._big_at and (not self._window or self._window[-1][0] != self._queue[0][0]):
-                del first
-                self._big_at = 0
-                self._queue.popleft()
-        return bool(self._outcomes)
+        """Walk the settled head of the window: whether there is anything new."""
+        if not self._window:
+            return False
+        settled = raw.settled_heads(self._window)
+        for state, *rest in settled:
+            self._outcomes.append(Outcome(_OUTCOME_BY_STATE[state], *rest))
+        if self._big_at and (not self._window or self._window[-1][0] != self._queue[0][0]):
+            # A large message was settled before its end, rejected most likely: settling it also ended it.
+            self._big_at = 0
+            self._queue.popleft()
+        return bool(settled)
 
     def _gone(self) -> None:
         super()._gone()
@@ -697,6 +692,7 @@ class Engine:
         self._layer_up = sasl is None
         self._header = bytearray()  # the peer's AMQP header until it is whole
         self._header_seen = False
+        self._last_words = b""
         self._links_max = links_max
         self._transport: Any = proton.Transport(
             proton.Transport.SERVER if server else proton.Transport.CLIENT
@@ -748,7 +744,7 @@ class Engine:
         return tuple(self._links.values())
 
     def _waiting(self) -> bool:
-        if self._sasl is not None and self._sasl.outbox:
+        if self._last_words or (self._sasl is not None and self._sasl.outbox):
             return True
         return self._layer_up and not self._lost and raw.pending(self._transport)
 
@@ -859,10 +855,11 @@ class Engine:
         if data and self._layer_up and not self._header_seen:
             data = self._recv_header(data)
         if data and not self._failed:
-            taken = raw.push(self._transport, data)
+            raw.push(self._transport, data)
             self._drain(now)
-            if taken < len(data) and not self._failed and not self._closed_there:
-                self._fail(FRAMING_ERROR, "the transport took no more bytes")
+            if not self._failed and not self._closed_there and not raw.listening(self._transport):
+                # At a frame whose performative it cannot read, proton stops listening and tells nobody.
+                self._fail(FRAMING_ERROR, "malformed frame")
         return self.take_events()
 
     def take_events(self) -> list[Event]:
@@ -875,6 +872,9 @@ class Engine:
         pieces: list[bytes] = []
         if self._sasl is not None:
             pieces.append(self._sasl.take_output())
+        if self._last_words:
+            pieces.append(self._last_words)
+            self._last_words = b""
         if self._layer_up and not self._lost:
             for link in tuple(self._links.values()):
                 if type(link) is Sender and link._queue and not link._closing:
@@ -956,6 +956,10 @@ class Engine:
         self._header += data
         head = bytes(self._header[:HEADER_BYTES])
         if not AMQP_HEADER.startswith(head):
+            if self.server:
+                # Part 2.2: answer with the header we do speak, then close. proton would say nothing.
+                self._layer_up = False
+                self._last_words = AMQP_HEADER
             self._fail(FRAMING_ERROR, f"the peer sent {head!r} where the AMQP header belongs")
             return b""
         if len(head) < HEADER_BYTES:

@@ -95,6 +95,11 @@ def push(transport: Any, data: bytes) -> int:
     return at
 
 
+def listening(transport: Any) -> bool:
+    """Whether the transport will take more bytes, ever."""
+    return bool(lib.pn_transport_capacity(transport._impl) >= 0)
+
+
 def output(transport: Any, limit_bytes: int) -> list[bytes]:
     """Take bytes for the peer, about limit_bytes at most, in pieces."""
     impl = transport._impl

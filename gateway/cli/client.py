@@ -26,6 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 WINDOW = 500
 KEEP_ALIVE_S = 30
 STEP_S = 0.2
+SETTLE_S = 5.0
 DURABLE_EXPIRY_S = 7 * 86400
 
 
@@ -144,7 +145,7 @@ class _Publisher:
 @click.command()
 @click.argument("filter", metavar="FILTER")
 @click.option("-n", "--count", type=click.IntRange(min=1), help="End after so many messages.")
-@click.option("-q", "--qos", type=click.IntRange(0, 2), default=1, show_default=True, help="Quality of service.")
+@click.option("-q", "--qos", type=click.IntRange(0, 1), default=1, show_default=True, help="Quality of service.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.1), help="End after so many seconds.")
 @click.option(
     "--durable",
@@ -175,11 +176,11 @@ def subscribe(
         raise click.UsageError("--durable needs --client-id, by which the session is found again.")
     listen = _target(config, target)
     client = _client(listen, client_id, user, password_file, durable=durable, manual_ack=True)
-    printed = 0
+    printed, ending = 0, False
 
     def on_message(client: Client, userdata: Any, message: MQTTMessage) -> None:
         nonlocal printed
-        if count is not None and printed >= count:
+        if ending or (count is not None and printed >= count):
             return  # not acknowledged: a durable session gets it again
         _print_received(message, as_json)
         printed += 1
@@ -196,16 +197,28 @@ def subscribe(
     except KeyboardInterrupt:
         pass
     finally:
-        _flush(client)
+        ending = True
+        if durable and printed:
+            _settle(client, filter, qos)
         client.disconnect()
     if count is not None and printed < count:
         raise LinesideError(f"{printed} of {count} messages came")
 
 
-def _flush(client: Client) -> None:
-    """Have the last acknowledgement leave before the connection does."""
-    end = time.monotonic() + STEP_S
-    while client.want_write() and time.monotonic() < end and client.loop_write() == 0:
+def _settle(client: Client, filter: str, qos: int) -> None:
+    """Wait until the gateway has taken our acknowledgements.
+
+    Closing with unread data makes the kernel reset the connection, and what we sent last may go with it. A
+    subscription that changes nothing is answered after everything sent before it.
+    """
+    from paho.mqtt.subscribeoptions import SubscribeOptions
+
+    answered: list[int] = []
+    client.on_subscribe = lambda client, userdata, mid, reasons, properties: answered.append(mid)
+    options = SubscribeOptions(qos=qos, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)  # type: ignore[no-untyped-call]
+    client.subscribe(filter, options=options)
+    end = time.monotonic() + SETTLE_S
+    while not answered and time.monotonic() < end and client.loop(STEP_S) == 0:
         pass
 
 

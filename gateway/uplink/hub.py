@@ -43,7 +43,6 @@ from gateway.uplink.drain import Drain
 from gateway.uplink.intake import Intake
 from gateway.uplink.state import Failure, LinkState, State
 from gateway.uplink.tcp import silent_ms
-from security.tls import client_context
 from storeforward.journal import Journal
 from storeforward.streams import Stream
 
@@ -193,7 +192,11 @@ class HubLink:
 
     def context(self, url: HubUrl) -> ssl.SSLContext | None:
         """Made anew for every attempt, so that renewed files are used without a restart."""
-        return client_context(self.hub.ca, self.hub.cert, self.hub.key) if url.tls else None
+        if not url.tls:
+            return None
+        from security.tls import client_context  # 8 MB of memory that a link on loopback need not spend
+
+        return client_context(self.hub.ca, self.hub.cert, self.hub.key)
 
     def engine(self, url: HubUrl) -> Engine:
         hub = self.hub
