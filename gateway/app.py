@@ -304,6 +304,7 @@ class App:
                     "name": s.name,
                     "direction": s.direction,
                     "rows": s.rows,
+                    "waiting": s.waiting,
                     "bytes": s.size_bytes,
                     "next_seq": s.next_seq,
                     "max_bytes": s.limits.bytes_max,

@@ -166,6 +166,7 @@ class Demo:
         self.resumes_s: list[float] = []
         self.drain_s = 0.0
         self._restored: float | None = None
+        self._backlog: tuple[float, int] | None = None
         self._directory = Path(tempfile.mkdtemp(prefix="lineside-demo-"))
         self._processes: list[asyncio.subprocess.Process] = []
 
@@ -200,7 +201,7 @@ class Demo:
         try:
             for app in (far, near):
                 if not await asyncio.to_thread(app.subscribed.wait, 10):
-                    raise LinesideError("an app could not subscribe; the daemon's log is above")
+                    raise LinesideError("an app could not subscribe within 10 s")
             await self._drive(link, train, centre)
         finally:
             for app in (near, far):
@@ -223,14 +224,15 @@ class Demo:
             str(path),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
-            stderr=None,
+            stderr=(self._directory / f"{name}.log").open("wb"),
             env=environment,
         )
         self._processes.append(process)
         end = time.monotonic() + START_S_MAX
         while time.monotonic() < end:
             if process.returncode is not None:
-                raise LinesideError(f"the {name} ended at its start (status {process.returncode})")
+                log = (self._directory / f"{name}.log").read_text(errors="replace").strip()
+                raise LinesideError(f"the {name} ended at its start (status {process.returncode}): {log[-2000:]}")
             with contextlib.suppress(DaemonStopped, ControlError):
                 await asyncio.to_thread(request, state, "status")
                 return
@@ -250,15 +252,13 @@ class Demo:
                 self.tunnels += 1
                 link.cut(next(kind for start, end, kind in tunnels if start <= now < end))
             elif not inside and link.line is not Line.UP:
-                link.restore()
-                self._restored = time.monotonic()
+                self._restore(link)
             train.keep_up(now * OUT_PER_S)
             centre.keep_up(now * IN_PER_S)
             await self._look(now, link, "in the tunnel" if inside else "on the line")
             await asyncio.sleep(TICK_S)
         if link.line is not Line.UP:
-            link.restore()
-            self._restored = time.monotonic()
+            self._restore(link)
         await self._drain(began, link)
 
     def _timetable(self) -> list[tuple[float, float, Line]]:
@@ -270,11 +270,20 @@ class Demo:
             (s * 0.55, s * 0.80, Line.TUNNEL),
         ]
 
+    def _restore(self, link: FaultLink) -> None:
+        link.restore()
+        self._restored = time.monotonic()
+        self._backlog = self._restored, self.outbound.published - 1
+
     def _resumed(self, now: float) -> None:
+        """A message reached the far end: the first after a tunnel, perhaps, or the last that waited in it."""
         restored = self._restored
         if restored is not None:
             self._restored = None
             self.resumes_s.append(now - restored)
+        if self._backlog is not None and self.outbound.highest >= self._backlog[1]:
+            self.drain_s = now - self._backlog[0]
+            self._backlog = None
 
     async def _drain(self, began: float, link: FaultLink) -> None:
         start = time.monotonic()
@@ -283,7 +292,8 @@ class Demo:
             if not self.outbound.lost and not self.inbound.lost:
                 break
             await asyncio.sleep(TICK_S)
-        self.drain_s = time.monotonic() - start
+        if self._backlog is not None:
+            self.drain_s = time.monotonic() - self._backlog[0]
         await self._look(time.monotonic() - began, link, "arrived")
 
     async def _look(self, clock_s: float, link: FaultLink, phase: str) -> None:
@@ -297,7 +307,7 @@ class Demo:
                 clock_s,
                 link.line,
                 status["hubs"][0]["state"],
-                out["rows"],
+                out["waiting"],
                 out["in_flight"],
                 self.outbound,
                 self.inbound,

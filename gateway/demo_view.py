@@ -100,8 +100,8 @@ class View:
             table.add_row(name, *(f"{row[k]:,}" for k in ("published", "delivered", "lost", "duplicates", "reordered")))
         self._console.print(table)
         self._console.print(
-            f"{verdict['tunnels']} tunnels · traffic again at most {verdict['resume_s_max']:.2f} s after the line's "
-            f"return · all delivered {verdict['drain_s']:.2f} s after the journey's end",
+            f"{verdict['tunnels']} tunnels; traffic again at most {verdict['resume_s_max']:.2f} s after the line's "
+            f"return;\nthe last tunnel's backlog delivered {verdict['drain_s']:.2f} s after it.",
             highlight=False,
         )
         self._console.print(

@@ -52,9 +52,7 @@ class Notifier:
     watchdog_s: float | None = None
 
     @classmethod
-    def from_environment(
-        cls, environment: Mapping[str, str] = os.environ, pid: int | None = None
-    ) -> Notifier:
+    def from_environment(cls, environment: Mapping[str, str] = os.environ, pid: int | None = None) -> Notifier:
         """Read NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID (sd_notify(3), sd_watchdog_enabled(3))."""
         address = environment.get("NOTIFY_SOCKET") or None
         if address is not None and address[0] not in "/@":

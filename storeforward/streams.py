@@ -73,6 +73,11 @@ class Stream:
         """First seq that somebody still needs; with no cursor at all everything is held for the first reader."""
         return min((c.position for c in self.cursors.values()), default=self.first_seq)
 
+    @property
+    def waiting(self) -> int:
+        """How many messages somebody still needs; rows that all are done with may be there a little longer."""
+        return max(0, self.rows - (self.low() - self.first_seq))
+
     def remember(self, rows: list[Row]) -> None:
         """Keep the newest committed rows in memory, within bounds, so that live readers do not go to the disk."""
         tail = self.tail

@@ -49,6 +49,7 @@ class AmqpProtocol(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
         self._close_timer: asyncio.TimerHandle | None = None
         self._flush_scheduled = False
         self._over = False
@@ -75,7 +76,7 @@ class AmqpProtocol(asyncio.Protocol):
             return
         events = self.engine.receive(data, self._loop.time())
         self._deliver(events)
-        if self._timer is None:
+        if self.engine.deadline < self._timer_at:
             self._tick()
         self.schedule_flush()
 
@@ -128,11 +129,7 @@ class AmqpProtocol(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if (
-            self._transport is not None
-            and not self._transport.is_closing()
-            and not self._transport.is_reading()
-        ):
+        if self._transport is not None and not self._transport.is_closing() and not self._transport.is_reading():
             self._transport.resume_reading()
 
     @property
@@ -178,6 +175,7 @@ class AmqpProtocol(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._timer_at = math.inf
         if self._over:
             return
         now = self._loop.time()
@@ -185,4 +183,5 @@ class AmqpProtocol(asyncio.Protocol):
         self._deliver(self.engine.take_events())
         self.schedule_flush()
         if not math.isinf(deadline):
+            self._timer_at = deadline
             self._timer = self._loop.call_at(max(deadline, now + TICK_S_MIN), self._tick)

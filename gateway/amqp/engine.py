@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from itertools import islice
 from typing import Any, Final
 
 import proton
@@ -27,6 +28,7 @@ MESSAGE_BYTES_MAX: Final = 16 << 20
 FRAME_BYTES_MAX: Final = 65536
 LINKS_MAX: Final = 256
 SESSIONS_MAX: Final = 64
+CAPABILITIES_MAX: Final = 32
 # A message longer than two chunks is fed to its link a chunk at a time: at once costs a hundredfold (8 MB, measured).
 CHUNK_BYTES: Final = 256 << 10
 # Above this, a session has enough to send and its senders show no capacity, whatever the credit.
@@ -257,7 +259,7 @@ def _symbols(data: Any) -> tuple[str, ...]:
         return ()
     if isinstance(value, str):
         return (str(value),)
-    return tuple(str(item) for item in getattr(value, "elements", value))
+    return tuple(str(item) for item in islice(getattr(value, "elements", value), CAPABILITIES_MAX))
 
 
 def _terminus(remote: Any) -> Terminus | None:
@@ -360,6 +362,10 @@ class _Link:
         self.context: Any = None
 
     @property
+    def _usable(self) -> bool:
+        return self.alive and not self._closing and not self._engine.closing
+
+    @property
     def peer_max_message_bytes(self) -> int:
         """The largest message the peer takes on this link, 0 if it has not said so."""
         return int(self._link.remote_max_message_size) if self.alive else 0
@@ -371,12 +377,9 @@ class _Link:
         if not self.alive or self._closing:
             return
         assert not self._opened
-        self._link.source.copy(self._link.remote_source)
-        self._link.target.copy(self._link.remote_target)
-        if source is not None:
-            _set_terminus(self._link.source, source)
-        if target is not None:
-            _set_terminus(self._link.target, target)
+        # Never proton's own copy(): a damaged array in the peer's attach, copied and sent back, crashes the process.
+        _set_terminus(self._link.source, source or self.source)
+        _set_terminus(self._link.target, target or self.target)
         self._link.snd_settle_mode = self._link.remote_snd_settle_mode
         self._link.rcv_settle_mode = proton.Link.RCV_FIRST
         self._set_limit(max_message_bytes)
@@ -387,12 +390,8 @@ class _Link:
         if not self.alive or self._closing:
             return
         assert not self._opened
-        if self.role is Role.RECEIVER:
-            self._link.source.copy(self._link.remote_source)
-            self._link.target.type = proton.Terminus.UNSPECIFIED
-        else:
-            self._link.target.copy(self._link.remote_target)
-            self._link.source.type = proton.Terminus.UNSPECIFIED
+        _set_terminus(self._link.source, self.source if self.role is Role.RECEIVER else None)
+        _set_terminus(self._link.target, self.target if self.role is Role.SENDER else None)
         self._open()
         self.close(condition, description)
 
@@ -442,14 +441,14 @@ class Sender(_Link):
     @property
     def credit(self) -> int:
         """How many messages the peer is ready to take."""
-        if not self.alive or self._closing:
+        if not self._usable:
             return 0
         return max(0, raw.credit(self._pointer) - len(self._queue) + (1 if self._big_at else 0))
 
     @property
     def capacity(self) -> int:
         """How many messages may be sent now: the credit, or 0 while the session has enough to send already."""
-        if not self.alive or self._closing or self._queue:
+        if self._queue or not self._usable:
             return 0
         if raw.outgoing_bytes(self._pointer) >= OUTGOING_BYTES_MAX:
             return 0
@@ -458,7 +457,7 @@ class Sender(_Link):
     @property
     def draining(self) -> bool:
         """The peer wants its credit used or given back: send what there is, then call drained()."""
-        return self.alive and not self._closing and raw.draining(self._pointer)
+        return self._usable and raw.draining(self._pointer)
 
     @property
     def unsettled(self) -> int:
@@ -477,11 +476,12 @@ class Sender(_Link):
 
         seq: 0 .. 2**64-1. None may be larger than peer_max_message_bytes, if that is set.
         """
-        if not batch or not self.alive or self._closing:
+        if not batch or not self._usable:
             return
         assert len(batch) <= self.credit, "sending beyond credit"
         if self._queue or max(len(body) for _, body in batch) > 2 * CHUNK_BYTES:
             self._queue.extend(batch)
+            self._engine._feeding.add(self)
             self._feed()
         else:
             raw.send(self._pointer, batch, self._window)
@@ -491,6 +491,8 @@ class Sender(_Link):
     def _feed(self) -> None:
         """Give proton as much of the queue as it can hold cheaply; a large message a chunk at a time."""
         queue, pointer = self._queue, self._pointer
+        if not self._usable:
+            queue.clear()
         while queue:
             seq, body = queue[0]
             held = raw.outgoing_bytes(pointer)
@@ -543,8 +545,9 @@ class Sender(_Link):
         if not self._window:
             return False
         settled = raw.settled_heads(self._window)
-        for state, *rest in settled:
-            self._outcomes.append(Outcome(_OUTCOME_BY_STATE[state], *rest))
+        for state, seq, count, condition, description, failed, undeliverable in settled:
+            kind = _OUTCOME_BY_STATE[state]
+            self._outcomes.append(Outcome(kind, seq, count, condition, description, failed, undeliverable))
         if self._big_at and (not self._window or self._window[-1][0] != self._queue[0][0]):
             # A large message was settled before its end, rejected most likely: settling it also ended it.
             self._big_at = 0
@@ -586,7 +589,7 @@ class Receiver(_Link):
 
     def topup(self, count: int) -> None:
         """Let at most `count` messages be on their way or unsettled. Small steps are saved up to a quarter of it."""
-        if not self.alive or self._closing:
+        if not self._usable:
             return
         credit = self._granted - self._received
         missing = count - credit - len(self._pending)
@@ -645,9 +648,7 @@ class Receiver(_Link):
                 broken = TRANSFER_LIMIT_EXCEEDED, "more messages than credit"
             else:
                 self._pending.update(zip(range(first, after), [p for p, _ in pulled], strict=True))
-                events.append(
-                    Deliveries(self, list(zip(range(first, after), [b for _, b in pulled], strict=True)))
-                )
+                events.append(Deliveries(self, list(zip(range(first, after), [b for _, b in pulled], strict=True))))
         if broken is not None:
             self.close(*broken)
             raw.discard(self._pointer)
@@ -688,15 +689,14 @@ class Engine:
         self.on_output: Callable[[], None] = lambda: None
         self.identity: str | None = None
         self.context: Any = None
+        self.deadline = math.inf
         self._sasl = sasl
         self._layer_up = sasl is None
         self._header = bytearray()  # the peer's AMQP header until it is whole
         self._header_seen = False
         self._last_words = b""
         self._links_max = links_max
-        self._transport: Any = proton.Transport(
-            proton.Transport.SERVER if server else proton.Transport.CLIENT
-        )
+        self._transport: Any = proton.Transport(proton.Transport.SERVER if server else proton.Transport.CLIENT)
         self._transport.max_frame_size = max_frame_bytes
         self._transport.channel_max = sessions_max - 1
         if idle_timeout_s:
@@ -716,6 +716,7 @@ class Engine:
         self._sessions: dict[raw.Pointer, Session] = {}
         self._reported: set[Sender | Receiver] = set()  # closed by us for cause, and said so already
         self._touched: set[raw.Pointer] = set()
+        self._feeding: set[Sender] = set()  # with a large message on its way
         self._events: list[Event] = []
         self._failed = False
         self._lost = False
@@ -730,9 +731,7 @@ class Engine:
     @property
     def finished(self) -> bool:
         """Nothing more will come or go: the socket may be closed."""
-        return self._lost or (
-            (self._failed or (self._closed_here and self._closed_there)) and not self._waiting()
-        )
+        return self._lost or ((self._failed or (self._closed_here and self._closed_there)) and not self._waiting())
 
     @property
     def closing(self) -> bool:
@@ -876,21 +875,27 @@ class Engine:
             pieces.append(self._last_words)
             self._last_words = b""
         if self._layer_up and not self._lost:
-            for link in tuple(self._links.values()):
-                if type(link) is Sender and link._queue and not link._closing:
-                    link._feed()
+            for sender in tuple(self._feeding):
+                sender._feed()
+                if not sender._queue:
+                    self._feeding.discard(sender)
             pieces += raw.output(self._transport, limit_bytes)
             self._drain(None)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def tick(self, now: float) -> float:
-        """Let idle-timeouts act: when to call this again, on the same clock; infinity if never. See take_events()."""
-        if self._lost or self._failed or not self._layer_up:
-            return math.inf
-        # +1: proton takes the time 0 for no time at all.
-        deadline_ms = raw.tick(self._transport, int(now * 1000) + 1)
-        self._drain(None)
-        return (deadline_ms - 1) / 1000 if deadline_ms else math.inf
+        """Let idle-timeouts act: when to call this again, on the same clock; infinity if never. See take_events().
+
+        receive() calls this too, once the peer's idle-timeout is known: look at `deadline` after it.
+        """
+        self.deadline = math.inf
+        if not self._lost and not self._failed and self._layer_up:
+            # +1: proton takes the time 0 for no time at all.
+            deadline_ms = raw.tick(self._transport, int(now * 1000) + 1)
+            self._drain(None)
+            if deadline_ms and not self._failed:
+                self.deadline = (deadline_ms - 1) / 1000
+        return self.deadline
 
     def lost(self) -> None:
         """The line is gone. All links and handles are dead; later calls do nothing."""
@@ -906,6 +911,7 @@ class Engine:
         self._links.clear()
         self._sessions.clear()
         self._touched.clear()
+        self._feeding.clear()
         self._reported.clear()
         self.on_output = lambda: None
         # In this order nothing of proton's keeps anything else of it alive.
@@ -938,9 +944,7 @@ class Engine:
         assert sasl is not None
         sasl.feed(data)
         if sasl.error is not None:
-            self._fail(
-                UNAUTHORIZED if sasl.error.auth else FRAMING_ERROR, str(sasl.error), auth=sasl.error.auth
-            )
+            self._fail(UNAUTHORIZED if sasl.error.auth else FRAMING_ERROR, str(sasl.error), auth=sasl.error.auth)
             return b""
         if not sasl.done:
             self._produced()
@@ -1023,9 +1027,7 @@ class Engine:
                 hostname=connection.remote_hostname,
                 max_frame_bytes=self._transport.remote_max_frame_size,
                 idle_timeout_s=self._transport.remote_idle_timeout,
-                capabilities=tuple(
-                    str(item) for item in getattr(capabilities, "elements", capabilities) or ()
-                ),
+                capabilities=tuple(str(item) for item in getattr(capabilities, "elements", capabilities) or ()),
                 properties={str(k): v for k, v in properties.items()} if isinstance(properties, dict) else {},
             )
         )

@@ -269,11 +269,7 @@ def encode(
     annotations: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Any durable message, for the rare ones that no template fits."""
-    pairs = (
-        application_properties.items()
-        if isinstance(application_properties, Mapping)
-        else application_properties
-    )
+    pairs = application_properties.items() if isinstance(application_properties, Mapping) else application_properties
     return b"".join(
         (
             _header(ttl_ms),
@@ -608,9 +604,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
-        return {
-            key if isinstance(key, str) else str(_plain(key)): _plain(item) for key, item in value.items()
-        }
+        return {key if isinstance(key, str) else str(_plain(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, bytes):
         try:
             return value.decode()

@@ -77,9 +77,7 @@ def _string(text: str) -> bytes:
 
 def _frame(code: _Code, *fields: bytes) -> bytes:
     body = b"".join(fields)
-    performative = (
-        b"\x00\x53" + bytes([code]) + b"\xd0" + struct.pack(">II", len(body) + 4, len(fields)) + body
-    )
+    performative = b"\x00\x53" + bytes([code]) + b"\xd0" + struct.pack(">II", len(body) + 4, len(fields)) + body
     return struct.pack(">IBBH", len(performative) + 8, 2, 1, 0) + performative
 
 
@@ -246,9 +244,7 @@ class SaslClient(_Sasl):
         super().__init__()
         unknown = [name for name in mechanisms if name not in SUPPORTED]
         assert not unknown, f"unsupported mechanisms {unknown}"
-        assert "PLAIN" not in mechanisms or (user is not None and password is not None), (
-            "PLAIN needs credentials"
-        )
+        assert "PLAIN" not in mechanisms or (user is not None and password is not None), "PLAIN needs credentials"
         self._mechanisms = tuple(mechanisms)
         self._user, self._password, self._hostname = user, password, hostname
         self.outbox += SASL_HEADER

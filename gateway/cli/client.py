@@ -107,13 +107,15 @@ class _Publisher:
         self._client = client
         self._timeout_s = timeout_s
         self._sent = 0
+        self._window = WINDOW
         client.on_publish = self._on_publish
 
     def connect(self, listen: Listen) -> None:
-        _connect(self._client, listen, self._timeout_s)
+        self._window = _connect(self._client, listen, self._timeout_s)
 
     def publish(self, topic: str, payloads: Iterable[bytes], qos: int, retain: bool) -> None:
         for payload in payloads:
+            self._wait_for(self._sent - self._window + 1)
             try:
                 self._client.publish(topic, payload, qos, retain)
             except ValueError as error:
@@ -121,7 +123,6 @@ class _Publisher:
             self._sent += 1
             if self._sent % 50 == 0:
                 _step(self._client, 0)
-            self._wait_for(self._sent - WINDOW)
         self._wait_for(self._sent)
 
     def _wait_for(self, count: int) -> None:
@@ -215,7 +216,7 @@ def _settle(client: Client, filter: str, qos: int) -> None:
 
     answered: list[int] = []
     client.on_subscribe = lambda client, userdata, mid, reasons, properties: answered.append(mid)
-    options = SubscribeOptions(qos=qos, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)  # type: ignore[no-untyped-call]
+    options = SubscribeOptions(qos=qos, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
     client.subscribe(filter, options=options)
     end = time.monotonic() + SETTLE_S
     while not answered and time.monotonic() < end and client.loop(STEP_S) == 0:
@@ -288,8 +289,11 @@ def _password(path: Path | None) -> str | None:
         raise LinesideError(f"{path}: {error}") from None
 
 
-def _connect(client: Client, listen: Listen, timeout_s: float, subscribe: tuple[str, int] | None = None) -> None:
-    """Connect, and subscribe if asked, or raise LinesideError that says who refused and why."""
+def _connect(client: Client, listen: Listen, timeout_s: float, subscribe: tuple[str, int] | None = None) -> int:
+    """Connect, and subscribe if asked, or raise LinesideError that says who refused and why.
+
+    Return how many messages may be unacknowledged, which paho does not heed by itself (MQTT 5.0, 3.2.2.3.3).
+    """
     from paho.mqtt.packettypes import PacketTypes
     from paho.mqtt.properties import Properties
 
@@ -298,6 +302,7 @@ def _connect(client: Client, listen: Listen, timeout_s: float, subscribe: tuple[
 
     def on_connect(client: Client, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
         outcome["connect"] = reason
+        outcome["window"] = getattr(properties, "ReceiveMaximum", WINDOW)
         if not reason.is_failure and subscribe is not None:
             try:
                 client.subscribe(*subscribe)
@@ -338,9 +343,10 @@ def _connect(client: Client, listen: Listen, timeout_s: float, subscribe: tuple[
             raise LinesideError(f"{subscribe[0] if subscribe else ''!r} is not a topic filter")
         if "connect" in outcome and outcome["connect"].is_failure:
             break
-    for step, reason in outcome.items():
-        if reason.is_failure:
-            raise LinesideError(f"{listen} refused to {step}: {reason}")
+    for step in ("connect", "subscribe"):
+        if step in outcome and outcome[step].is_failure:
+            raise LinesideError(f"{listen} refused to {step}: {outcome[step]}")
+    return min(WINDOW, int(outcome["window"]))
 
 
 def _step(client: Client, wait_s: float) -> None:

@@ -31,6 +31,8 @@ from gateway.cli.output import (
 )
 from gateway.errors import LinesideError
 
+IDS_A_REQUEST = 10_000
+
 limit_option = click.option(
     "--limit",
     type=click.IntRange(min=1, max=1_000_000),
@@ -111,30 +113,33 @@ def _hub_row(hub: Mapping[str, Any]) -> list[object]:
 
 
 def _print_streams(streams: Iterable[Mapping[str, Any]]) -> None:
-    rows = [
-        [
-            stream["name"],
-            stream["direction"],
-            stream["rows"],
-            show_bytes(stream["bytes"]),
-            stream["next_seq"],
-            _per_cent(stream),
-            stream.get("in_flight", "-"),
-            show_time(stream.get("oldest_us")),
-        ]
+    """Streams as the daemon or the journal tells them: each knows a little that the other does not."""
+    cells = [
+        {
+            "stream": stream["name"],
+            "direction": stream["direction"],
+            ">waiting": stream.get("waiting"),
+            ">stored": stream["rows"],
+            ">size": show_bytes(stream["bytes"]),
+            ">next seq": stream["next_seq"],
+            ">full": _per_cent(stream),
+            ">in flight": stream.get("in_flight"),
+            "oldest": show_time(stream["oldest_us"]) if stream.get("oldest_us") is not None else None,
+        }
         for stream in streams
     ]
-    columns = ["stream", "direction", ">messages", ">size", ">next seq", ">full", ">in flight", "oldest"]
+    columns = [name for name in (cells[0] if cells else {}) if any(row[name] is not None for row in cells)]
+    rows = [["-" if row[name] is None else row[name] for name in columns] for row in cells]
     print_table(columns, rows, "no streams yet")
 
 
-def _per_cent(stream: Mapping[str, Any]) -> str:
+def _per_cent(stream: Mapping[str, Any]) -> str | None:
     shares = [
         100 * stream[used] / stream[limit]
         for used, limit in (("bytes", "max_bytes"), ("rows", "max_messages"))
         if stream.get(limit)
     ]
-    return f"{max(shares):.0f} %" if shares else "-"
+    return f"{max(shares):.0f} %" if shares else None
 
 
 # ------------------------------------------------------------------------------------------------------ backlog
@@ -426,11 +431,16 @@ def _chosen(state_dir: Path, ids: tuple[int, ...], every: bool, stream: str | No
 
 def _act(state_dir: Path, what: str, ids: list[int]) -> int:
     """By the daemon if one runs, else on the journal itself; return how many there were."""
-    from gateway.control_client import ControlError, DaemonStopped, request
+    from gateway.control_client import DaemonStopped
 
+    done = 0
     try:
-        answer = request(state_dir, f"deadletter-{what}", ids=ids, timeout_s=60)
+        for start in range(0, len(ids), IDS_A_REQUEST):
+            done += _ask(state_dir, what, ids[start : start + IDS_A_REQUEST])
+        return done
     except DaemonStopped:
+        if done:
+            raise LinesideError(f"the daemon stopped after {done} of {len(ids)}; try the rest again") from None
         from storeforward.inspection import Inspection
         from storeforward.maintenance import drop_dead, requeue_dead
 
@@ -438,10 +448,15 @@ def _act(state_dir: Path, what: str, ids: list[int]) -> int:
             pass  # so that a mistyped directory is complained about, and not filled with an empty journal
         _become_owner(state_dir)
         return (requeue_dead if what == "requeue" else drop_dead)(state_dir, ids)
-    counts = [value for value in answer.values() if isinstance(value, int) and not isinstance(value, bool)]
-    if len(counts) != 1:
+
+
+def _ask(state_dir: Path, what: str, ids: list[int]) -> int:
+    from gateway.control_client import ControlError, request
+
+    count = request(state_dir, f"deadletter-{what}", ids=ids, timeout_s=60).get("count")
+    if not isinstance(count, int):
         raise ControlError("the daemon's answer does not say how many; do its version and this one agree?")
-    return counts[0]
+    return count
 
 
 def _become_owner(state_dir: Path) -> None:
@@ -507,20 +522,31 @@ def clients(config: Path, state_dir: Path | None, as_json: bool) -> None:
         from storeforward.inspection import Inspection
 
         with Inspection(where) as journal:
-            sessions = [asdict(session) for session in journal.sessions()]
-        answer = {"daemon": "stopped", "clients": sessions}
+            away = [
+                {"client": each.client_id, "durable": True, "subscriptions": each.subscriptions}
+                for each in journal.sessions()
+            ]
+        answer = {"daemon": "stopped", "clients": [], "away": away}
     if as_json:
         print_json(answer)
         return
     if answer["daemon"] == "stopped":
         click.echo("daemon: stopped; sessions in the journal:")
-    listed = [each for each in answer.get("clients", ()) if isinstance(each, dict)]
+    listed = [
+        {"client": each.get("client"), "connected": connected, **each}
+        for key, connected in (("clients", "yes"), ("away", "no"))
+        for each in answer.get(key) or ()
+    ]
     columns = list(dict.fromkeys(key for each in listed for key in each))
     rows = [[_cell(each.get(column)) for column in columns] for each in listed]
     print_table([column.replace("_", " ") for column in columns], rows, "no clients")
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None or value == []:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(str(each) for each in value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -292,9 +292,7 @@ class Connect:
     properties: ConnectProperties = ConnectProperties()
 
     def __repr__(self) -> str:  # a password has no place in a log
-        return (
-            f"Connect(version={self.version}, client_id={self.client_id!r}, clean_start={self.clean_start})"
-        )
+        return f"Connect(version={self.version}, client_id={self.client_id!r}, clean_start={self.clean_start})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,9 +429,7 @@ _PUBREL_REASONS = frozenset({0x00, 0x92})
 _SUBACK_REASONS = frozenset({0x00, 0x01, 0x02, 0x80, 0x83, 0x87, 0x8F, 0x91, 0x97, 0x9E, 0xA1, 0xA2})
 _UNSUBACK_REASONS = frozenset({0x00, 0x11, 0x80, 0x83, 0x87, 0x8F, 0x91})
 _AUTH_REASONS = frozenset({0x00, 0x18, 0x19})
-CONNACK_REASONS = frozenset(
-    {0x00, *range(0x80, 0x8B), 0x8C, 0x90, 0x95, 0x97, 0x99, *range(0x9A, 0x9E), 0x9F}
-)
+CONNACK_REASONS = frozenset({0x00, *range(0x80, 0x8B), 0x8C, 0x90, 0x95, 0x97, 0x99, *range(0x9A, 0x9E), 0x9F})
 DISCONNECT_REASONS = frozenset(
     {0x00, 0x04, *range(0x80, 0x84), 0x87, 0x89, 0x8B, *range(0x8D, 0x91), *range(0x93, 0xA3)}
 )
@@ -672,9 +668,7 @@ def _read_publish(first: int, reader: _Reader, version: int) -> Publish:
     return Publish(topic, reader.rest(), qos, bool(first & 1), bool(first & 8), packet_id, properties)
 
 
-def _read_ack(
-    kind: Callable[[int, int, AckProperties], Packet], allowed: frozenset[int]
-) -> Callable[..., Packet]:
+def _read_ack(kind: Callable[[int, int, AckProperties], Packet], allowed: frozenset[int]) -> Callable[..., Packet]:
     def read(first: int, reader: _Reader, version: int) -> Packet:
         packet_id = reader.packet_id()
         reason = 0
@@ -703,9 +697,7 @@ def _read_subscribe(first: int, reader: _Reader, version: int) -> Subscribe:
             raise _protocol("a subscription has retain handling 3")
         if options & 4 and filter.startswith("$share/"):
             raise _protocol("a shared subscription has No Local set")  # MQTT-3.8.3-4
-        subscriptions.append(
-            Subscription(filter, options & 3, bool(options & 4), bool(options & 8), handling)
-        )
+        subscriptions.append(Subscription(filter, options & 3, bool(options & 4), bool(options & 8), handling))
     if not subscriptions:
         raise _protocol("SUBSCRIBE has no topic filter")  # MQTT-3.8.3-2
     return Subscribe(packet_id, tuple(subscriptions), properties)

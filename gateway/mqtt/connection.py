@@ -316,6 +316,8 @@ class ServerConnection:
         """Take bytes as they came, split anywhere. Never raises for anything a peer can send.
 
         Any byte counts as a sign of life: a large packet over a narrow line must not look like silence.
+        Messages are gathered, and so are PUBACKs, but never past another event; among themselves messages keep
+        their order, and so do PUBACKs.
         """
         if self._began_s is None:
             self._began_s = now
@@ -391,9 +393,7 @@ class ServerConnection:
         size, begin = framed
         end = begin + size
         if end - at > max_bytes:
-            raise MqttError(
-                Reason.PACKET_TOO_LARGE, f"a packet of {end - at} bytes, more than the {max_bytes} allowed"
-            )
+            raise MqttError(Reason.PACKET_TOO_LARGE, f"a packet of {end - at} bytes, more than the {max_bytes} allowed")
         first = data[at]
         kind = check_first_byte(first, self.version)
         if kind not in RECEIVABLE[self.state]:
@@ -438,9 +438,7 @@ class ServerConnection:
 
     def _check_connect(self, connect: Connect) -> None:
         if connect.version == V3 and not connect.client_id and not connect.clean_start:
-            raise MqttError(
-                Reason.CLIENT_IDENTIFIER_NOT_VALID, "a session needs a client identifier"
-            )  # MQTT-3.1.3-8
+            raise MqttError(Reason.CLIENT_IDENTIFIER_NOT_VALID, "a session needs a client identifier")  # MQTT-3.1.3-8
         if connect.properties.authentication_method is not None:
             raise MqttError(Reason.BAD_AUTHENTICATION_METHOD, "no authentication method is known here")
         will = connect.will
@@ -648,15 +646,12 @@ class ServerConnection:
     def _take_publish(self, first: int, body: bytes) -> Message:
         packet = decode_body(first, body, self.version)
         assert isinstance(packet, Publish)
-        if packet.qos:
-            if not self._intake_room:
-                raise MqttError(
-                    Reason.RECEIVE_MAXIMUM_EXCEEDED, "more unacknowledged PUBLISHes than the receive maximum"
-                )
-            self._intake_room -= 1
+        if packet.qos and not self._intake_room:
+            raise MqttError(Reason.RECEIVE_MAXIMUM_EXCEEDED, "more unacknowledged PUBLISHes than the receive maximum")
         properties, alias = split_alias(packet.properties)
         topic = self._resolve(packet.topic, alias) if alias else packet.topic
         packet_id = packet.packet_id.to_bytes(2, "big") if packet.qos else b""
+        self._intake_room -= bool(packet.qos)
         return topic, packet.qos, packet.retain, packet.dup, packet_id, packet.payload, properties
 
     def _resolve(self, topic: str, alias: int) -> str:
@@ -684,10 +679,7 @@ class ServerConnection:
         packet = decode_body(first, body, self.version)
         match packet:
             case Subscribe():
-                if (
-                    packet.properties.subscription_identifier
-                    and not self.limits.subscription_identifiers_available
-                ):
+                if packet.properties.subscription_identifier and not self.limits.subscription_identifiers_available:
                     raise MqttError(
                         Reason.SUBSCRIPTION_IDENTIFIERS_NOT_SUPPORTED,
                         "SUBSCRIBE has a subscription identifier",
@@ -721,9 +713,7 @@ class ServerConnection:
     def _take_disconnect(self, packet: Disconnect) -> Event:
         asked = self.connect.properties.session_expiry_interval if self.connect is not None else None
         if packet.properties.session_expiry_interval and not asked:
-            raise MqttError(
-                Reason.PROTOCOL_ERROR, "DISCONNECT revives a session that was to end"
-            )  # §3.14.2.2.2
+            raise MqttError(Reason.PROTOCOL_ERROR, "DISCONNECT revives a session that was to end")  # §3.14.2.2.2
         self._enter(Cause.DISCONNECT)
         clean = packet.reason == Reason.SUCCESS  # any other reason leaves the will in force (MQTT-3.14.4-3)
         return Disconnected(packet, clean, f"the client disconnected, reason 0x{packet.reason:02x}")
@@ -789,9 +779,7 @@ class ServerConnection:
         size = len(name) + 2 * qos + len(section) + len(payload)
         header = bytes((0x30 | dup << 3 | qos << 1 | retain,)) + encode_varint(size)
         if len(header) + size > self._send_max_bytes:
-            raise TooLargeForPeer(
-                f"a message of {len(header) + size} bytes, the client takes {self._send_max_bytes}"
-            )
+            raise TooLargeForPeer(f"a message of {len(header) + size} bytes, the client takes {self._send_max_bytes}")
         if not qos:
             self._out += (header, name, section, payload)
             return 0
@@ -804,9 +792,7 @@ class ServerConnection:
 
     def _allocate(self) -> int:
         number = self._next_id
-        while (
-            number in self._in_flight
-        ):  # ends: the window is smaller than the number of ids, or was not full
+        while number in self._in_flight:  # ends: the window is smaller than the number of ids, or was not full
             number = number % PACKET_IDS_MAX + 1
         self._next_id = number % PACKET_IDS_MAX + 1
         return number
@@ -852,9 +838,7 @@ class ServerConnection:
         self._out.append(worded)
 
 
-def _flush(
-    events: list[Event], messages: list[Message], acked: list[int], refused: list[tuple[int, int]]
-) -> None:
+def _flush(events: list[Event], messages: list[Message], acked: list[int], refused: list[tuple[int, int]]) -> None:
     if messages:
         events.append(Publishes(messages))
     if acked:

@@ -525,6 +525,20 @@ def test_deep_nesting_in_properties_is_survived() -> None:
     assert len(events) == 1
 
 
+def test_a_damaged_array_in_an_attach_is_not_sent_back() -> None:
+    """proton crashed on this one: an array that says it has ten million items and has one."""
+    pair = Pair()
+    pair.open()
+    pair.client.sender(pair.client.session(), "link", Terminus("q", capabilities=("queue",)))
+    data = pair.client.data_to_send()
+    good = b"\xf0\x00\x00\x00\x0e\x00\x00\x00\x01\xb3"
+    assert good in data
+    for event in pair.server.receive(data.replace(good, b"\xf0\x00\x00\x00\x0e\x00\x9c\x00\x01\xb3"), NOW):
+        if isinstance(event, LinkAttached):
+            event.link.confirm()
+    pair.run()
+
+
 def test_more_links_than_allowed_fail_the_connection() -> None:
     pair = Pair(server=Engine(server=True, container="depot", links_max=3))
     pair.open()

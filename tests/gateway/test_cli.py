@@ -352,6 +352,12 @@ def test_with_the_daemon_running_it_is_asked_to(state: Path, daemon: Daemon) -> 
     assert run_json("deadletter", "list", "--state-dir", state)["count"] == 3
 
 
+def test_very_many_dead_letters_are_asked_for_in_parts(state: Path, daemon: Daemon) -> None:
+    daemon.answer = lambda asked: json.dumps({"ok": True, "count": len(asked["ids"])}).encode() + b"\n"
+    assert run_json("deadletter", "requeue", *range(25_000), "--state-dir", state)["requeued"] == 25_000
+    assert [len(asked["ids"]) for asked in daemon.asked] == [10_000, 10_000, 5_000]
+
+
 def test_a_mistyped_state_directory_is_not_made_into_a_journal(tmp_path: Path) -> None:
     assert run("deadletter", "drop", 1, "--state-dir", tmp_path).exit_code == 1
     assert list(tmp_path.iterdir()) == []
@@ -374,17 +380,18 @@ def test_status_and_clients_answer_with_the_daemon_stopped(state: Path) -> None:
     told = run_json("status", "--state-dir", state)
     assert (told["daemon"], told["losses"], told["dead"]) == ("stopped", 70, 3)
     assert re.search(r"daemon: +stopped", run("status", "--state-dir", state).stdout)
-    assert run_json("clients", "--state-dir", state)["clients"][0]["client_id"] == "panel"
+    assert run_json("clients", "--state-dir", state)["away"][0]["client"] == "panel"
     assert "stopped" in run("clients", "--state-dir", state).stdout
 
 
-def test_clients_shows_whatever_the_daemon_tells_of_them(state: Path, daemon: Daemon) -> None:
-    daemon.answer = says({"ok": True, "clients": [{"client_id": "a", "inflight": 1}, {"client_id": "b", "user": "u"}]})
+def test_clients_shows_whatever_the_daemon_tells_of_those_here_and_away(state: Path, daemon: Daemon) -> None:
+    away = [{"client": "b", "durable": True, "subscriptions": ["x/#", "y"]}]
+    daemon.answer = says({"ok": True, "clients": [{"client": "a", "in_flight": 1}], "away": away})
     lines = run("clients", "--state-dir", state).stdout.splitlines()
-    assert [line.split() for line in lines] == [
-        ["client", "id", "inflight", "user"],
-        ["a", "1", "-"],
-        ["b", "-", "u"],
+    assert [re.split("  +", line) for line in lines] == [
+        ["client", "connected", "in flight", "durable", "subscriptions"],
+        ["a", "yes", "1", "-", "-"],
+        ["b", "no", "-", "yes", "x/#, y"],
     ]
 
 
