@@ -188,7 +188,6 @@ class App:
         for stream in self.journal.streams.values():
             if stream.rows and stream.low() > stream.first_seq:
                 self.journal.pending.touched[stream] = None
-                self.journal.execute("SELECT 1")
         if self.journal.pending:
             self.committer.kick()
         self._loop.call_later(HOUSEKEEPING_S, self._housekeeping)

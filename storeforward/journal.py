@@ -70,9 +70,10 @@ class Batch:
     statements: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
     waiting: dict[Waiter, list[Any]] = field(default_factory=dict)
     touched: dict[Stream, None] = field(default_factory=dict)
+    deleted: dict[Stream, None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.args or self.cursors or self.statements or self.waiting)
+        return bool(self.args or self.cursors or self.statements or self.waiting or self.touched)
 
 
 class Journal:
@@ -526,11 +527,12 @@ class Journal:
                 if appended.identities:
                     self._remember(stream, appended)
             for stream in batch.touched:
-                self._delete(stream, None)
-                ex(
-                    "UPDATE stream SET next_seq = ?, rows = ?, bytes = ? WHERE id = ?",
-                    (stream.next_seq, stream.rows, stream.size_bytes, stream.id),
-                )
+                deleted = self._delete(stream, None)
+                if deleted or stream in batch.appended or stream in batch.deleted:
+                    ex(
+                        "UPDATE stream SET next_seq = ?, rows = ?, bytes = ? WHERE id = ?",
+                        (stream.next_seq, stream.rows, stream.size_bytes, stream.id),
+                    )
             self._save_age()
         except sqlite3.Error as error:
             raise self._failed(error) from error
@@ -593,14 +595,14 @@ class Journal:
 
     def _delete(
         self, stream: Stream, into: Batch | None, *, all_of_it: bool = False, before: int | None = None
-    ) -> None:
-        """Remove rows that nobody needs any more, a bounded number a commit.
+    ) -> bool:
+        """Remove rows that nobody needs any more, a bounded number a commit; whether there were any.
 
         With `into`, the deletion becomes part of that batch; without, it joins the transaction that is open.
         """
         low = min(stream.low() if before is None else before, stream.committed)
         if low - stream.first_seq < (1 if all_of_it or low >= stream.next_seq else DELETE_ROWS_MIN):
-            return
+            return False
         if not all_of_it:
             low = min(low, stream.first_seq + DELETE_ROWS_MAX)
         span = (stream.base | stream.first_seq, stream.base | low)
@@ -612,12 +614,13 @@ class Journal:
             self._w.execute("DELETE FROM message WHERE id >= ? AND id < ?", span)
         else:
             into.statements.append(("DELETE FROM message WHERE id >= ? AND id < ?", span))
-            into.touched[stream] = None
+            into.touched[stream] = into.deleted[stream] = None
         stream.rows -= rows
         stream.size_bytes -= size
         stream.first_seq = low
         while stream.tail and stream.tail[0].seq < low:
             stream.tail_bytes -= len(stream.tail.popleft().body)
+        return True
 
     def _save_age(self) -> None:
         boottime_us = int(self._clock() * 1e6)

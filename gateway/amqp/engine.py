@@ -40,6 +40,7 @@ MESSAGE_SIZE_EXCEEDED: Final = "amqp:link:message-size-exceeded"
 TRANSFER_LIMIT_EXCEEDED: Final = "amqp:link:transfer-limit-exceeded"
 RESOURCE_LIMIT_EXCEEDED: Final = "amqp:resource-limit-exceeded"
 DECODE_ERROR: Final = "amqp:decode-error"
+NOT_ALLOWED: Final = "amqp:not-allowed"
 NOT_IMPLEMENTED: Final = "amqp:not-implemented"
 UNAUTHORIZED: Final = "amqp:unauthorized-access"
 FRAMING_ERROR: Final = "amqp:connection:framing-error"
@@ -374,7 +375,7 @@ class _Link:
         self, *, source: Terminus | None = None, target: Terminus | None = None, max_message_bytes: int = 0
     ) -> None:
         """Answer a peer's attach with yes: its own source and target, unless others are given here."""
-        if not self.alive or self._closing:
+        if not self._usable:
             return
         assert not self._opened
         # Never proton's own copy(): a damaged array in the peer's attach, copied and sent back, crashes the process.
@@ -387,7 +388,7 @@ class _Link:
 
     def refuse(self, condition: str, description: str = "") -> None:
         """Answer a peer's attach with no: an attach without the terminus asked for, then a detach (part 2.6.3)."""
-        if not self.alive or self._closing:
+        if not self._usable:
             return
         assert not self._opened
         _set_terminus(self._link.source, self.source if self.role is Role.RECEIVER else None)
@@ -723,6 +724,7 @@ class Engine:
         self._opened_here = False
         # proton forgets, silently, what is opened on a connection before the connection itself.
         self._when_open: list[Callable[[], None]] = []
+        self._opened_there = False
         self._closed_here = False
         self._closed_there = False
 
@@ -1000,6 +1002,9 @@ class Engine:
                     self._events.append(Credit(link))
 
     def _control(self, kind: int, about: raw.Pointer, now: float | None) -> None:
+        if not self._opened_there and kind in raw.EVENTS_AFTER_OPEN:
+            self._fail(NOT_ALLOWED, "the peer went on without an open")  # part 2.4.1; proton lets it
+            return
         if kind == raw.EVENT_CONNECTION_REMOTE_OPEN:
             self._remote_open(now)
         elif kind == raw.EVENT_CONNECTION_REMOTE_CLOSE:
@@ -1018,6 +1023,7 @@ class Engine:
             self._remote_detach(about, detached=kind == raw.EVENT_LINK_REMOTE_DETACH)
 
     def _remote_open(self, now: float | None) -> None:
+        self._opened_there = True
         connection = self._connection
         properties = connection.remote_properties
         capabilities = connection.remote_offered_capabilities
@@ -1051,6 +1057,8 @@ class Engine:
         self._once_open(session.open)
 
     def _once_open(self, act: Callable[[], None]) -> None:
+        if self.closing:
+            return
         if self._opened_here:
             act()
             self._produced()

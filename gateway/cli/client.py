@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,6 +79,9 @@ def publish(
     publisher.connect(listen)
     try:
         publisher.publish(topic, payloads, qos, retain)
+    except LinesideError as error:
+        done = publisher.done - len(publisher.refused)
+        raise LinesideError(f"{error}; {done} acknowledged before") from None
     finally:
         client.disconnect()
         client.loop(STEP_S)
@@ -107,15 +111,19 @@ class _Publisher:
         self._client = client
         self._timeout_s = timeout_s
         self._sent = 0
-        self._window = WINDOW
+        self._limits = _Limits(WINDOW, 2, True)
         client.on_publish = self._on_publish
 
     def connect(self, listen: Listen) -> None:
-        self._window = _connect(self._client, listen, self._timeout_s)
+        self._limits = _connect(self._client, listen, self._timeout_s)
 
     def publish(self, topic: str, payloads: Iterable[bytes], qos: int, retain: bool) -> None:
+        if qos > self._limits.qos_max:
+            raise LinesideError(f"the gateway takes no QoS {qos}, only up to {self._limits.qos_max}")
+        if retain and not self._limits.retain:
+            raise LinesideError("the gateway keeps no messages for later subscribers")
         for payload in payloads:
-            self._wait_for(self._sent - self._window + 1)
+            self._wait_for(self._sent - self._limits.window + 1)
             try:
                 self._client.publish(topic, payload, qos, retain)
             except ValueError as error:
@@ -176,7 +184,7 @@ def subscribe(
     if durable and not client_id:
         raise click.UsageError("--durable needs --client-id, by which the session is found again.")
     listen = _target(config, target)
-    client = _client(listen, client_id, user, password_file, durable=durable, manual_ack=True)
+    client = _client(listen, client_id, user, password_file, manual_ack=True)
     printed, ending = 0, False
 
     def on_message(client: Client, userdata: Any, message: MQTTMessage) -> None:
@@ -188,7 +196,7 @@ def subscribe(
         client.ack(message.mid, message.qos)
 
     client.on_message = on_message
-    _connect(client, listen, timeout_s or 30.0, subscribe=(filter, qos))
+    _connect(client, listen, timeout_s or 30.0, subscribe=(filter, qos), durable=durable)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     try:
         while count is None or printed < count:
@@ -259,7 +267,6 @@ def _client(
     user: str | None,
     password_file: Path | None,
     *,
-    durable: bool = False,
     manual_ack: bool = False,
 ) -> Client:
     from paho.mqtt.client import Client
@@ -274,7 +281,6 @@ def _client(
         reconnect_on_failure=False,
     )
     client.max_inflight_messages_set(WINDOW)
-    client.user_data_set(durable)
     if user is not None:
         client.username_pw_set(user, _password(password_file))
     return client
@@ -289,20 +295,27 @@ def _password(path: Path | None) -> str | None:
         raise LinesideError(f"{path}: {error}") from None
 
 
-def _connect(client: Client, listen: Listen, timeout_s: float, subscribe: tuple[str, int] | None = None) -> int:
-    """Connect, and subscribe if asked, or raise LinesideError that says who refused and why.
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What the gateway takes, as it said when we connected (MQTT 5.0, 3.2.2.3). paho heeds none of it by itself."""
 
-    Return how many messages may be unacknowledged, which paho does not heed by itself (MQTT 5.0, 3.2.2.3.3).
-    """
+    window: int
+    qos_max: int
+    retain: bool
+
+
+def _connect(
+    client: Client, listen: Listen, timeout_s: float, subscribe: tuple[str, int] | None = None, durable: bool = False
+) -> _Limits:
+    """Connect, and subscribe if asked, or raise LinesideError that says who refused and why."""
     from paho.mqtt.packettypes import PacketTypes
     from paho.mqtt.properties import Properties
 
-    durable: bool = client.user_data_get()
     outcome: dict[str, Any] = {}
 
     def on_connect(client: Client, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
         outcome["connect"] = reason
-        outcome["window"] = getattr(properties, "ReceiveMaximum", WINDOW)
+        outcome["properties"] = properties
         if not reason.is_failure and subscribe is not None:
             try:
                 client.subscribe(*subscribe)
@@ -312,7 +325,11 @@ def _connect(client: Client, listen: Listen, timeout_s: float, subscribe: tuple[
     def on_subscribe(client: Client, userdata: Any, mid: int, reasons: list[Any], properties: Any) -> None:
         outcome["subscribe"] = reasons[0]
 
-    client.on_connect, client.on_subscribe = on_connect, on_subscribe
+    def on_disconnect(client: Client, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
+        if flags.is_disconnect_packet_from_server:
+            client.user_data_set(f"the gateway ended the connection: {reason}")
+
+    client.on_connect, client.on_subscribe, client.on_disconnect = on_connect, on_subscribe, on_disconnect
     properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
     properties.ReceiveMaximum = 100
     if durable:
@@ -346,7 +363,12 @@ def _connect(client: Client, listen: Listen, timeout_s: float, subscribe: tuple[
     for step in ("connect", "subscribe"):
         if step in outcome and outcome[step].is_failure:
             raise LinesideError(f"{listen} refused to {step}: {outcome[step]}")
-    return min(WINDOW, int(outcome["window"]))
+    told = outcome["properties"]
+    return _Limits(
+        window=min(WINDOW, getattr(told, "ReceiveMaximum", WINDOW)),
+        qos_max=getattr(told, "MaximumQoS", 2),
+        retain=bool(getattr(told, "RetainAvailable", 1)),
+    )
 
 
 def _step(client: Client, wait_s: float) -> None:
@@ -354,4 +376,5 @@ def _step(client: Client, wait_s: float) -> None:
     if code:
         from paho.mqtt.client import error_string
 
-        raise LinesideError(f"the connection to the gateway was lost: {error_string(code)}")
+        told: str | None = client.user_data_get()
+        raise LinesideError(told or f"the connection to the gateway was lost: {error_string(code)}")

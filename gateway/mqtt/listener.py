@@ -1,4 +1,4 @@
-"""The thin asyncio side of the MQTT listener: one `Client` a connection, between its socket, its protocol and the broker.
+"""The thin asyncio side of MQTT: one `Client` a connection, between its socket, its protocol and the broker.
 
 Acknowledges only from `committed`, which the journal calls after the sync (promise P1). Reads the loop's clock, as only
 drivers do.
@@ -179,6 +179,8 @@ class Client(asyncio.Protocol):
                     self._conn.puback(token, Reason.QUOTA_EXCEEDED)
                 elif type(token) is _Refused:
                     self._conn.puback(token.packet_ids, Reason.QUOTA_EXCEEDED)
+                elif token == self._resume:
+                    token()
                 else:
                     self._disconnect(Reason.QUOTA_EXCEEDED, error.reason)
             self.flush()
@@ -309,7 +311,7 @@ class Client(asyncio.Protocol):
             return
         for packet_id, reason in event.refused:
             self._journal.lose(session.cursor_name, packet_id, "refused-by-client", 0, f"reason 0x{reason:02x}")
-        self._broker.acked(session, event.packet_ids + [packet_id for packet_id, _ in event.refused])
+        self._broker.acked(session, event.packet_ids)
 
     def _control(self, event: Event) -> None:
         match event:
@@ -347,17 +349,13 @@ class Client(asyncio.Protocol):
         if other is not None and isinstance(other.outlet, Client):
             other.outlet.taken_over()
         self._session, present = self._broker.connect(client_id, connect.clean_start, self._expiry, self)
-        told = None
-        if connect.version == 5 and self._expiry != asked and asked != SESSION_NEVER_EXPIRES:
-            told = self._expiry
-        elif connect.version == 5 and asked == SESSION_NEVER_EXPIRES and self._expiry is not None:
-            told = self._expiry
+        told = self._expiry if connect.version == 5 and self._expiry != asked else None
         log.info("client connected", extra=self._who(client=client_id, version=connect.version, present=present))
         held = self._conn.accept(present, assigned_client_id=assigned, session_expiry_s=told)
         self._broker.pump(self._session)
         self._take(held)
 
-    def _expiry_of(self, asked: int) -> int | None:
+    def _expiry_of(self, asked: int) -> int:
         """What is granted of a session expiry interval, in seconds; the cap bounds "never", too."""
         return min(asked, self._listener.expiry_s_max)
 

@@ -41,7 +41,7 @@ from gateway.errors import PeerError
 from gateway.mqtt.topics import check_topic
 from gateway.uplink.drain import Drain
 from gateway.uplink.intake import Intake
-from gateway.uplink.state import Failure, LinkState, State
+from gateway.uplink.state import ATTEMPTS_MAX, Failure, LinkState, State
 from gateway.uplink.tcp import silent_ms
 from storeforward.journal import Journal
 from storeforward.streams import Stream
@@ -91,7 +91,7 @@ class HubLink:
             _Way(c, s := journal.streams[c.stream], Drain(journal, s, s.cursors["uplink"], hub.window))
             for c in outbound
         ] + [_Way(c, journal.streams[c.stream], None) for c in inbound]
-        self._attempts: set[_Attempt] = set()
+        self._attempts: dict[_Attempt, None] = {}
         self._active: _Attempt | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._watch_timer: asyncio.TimerHandle | None = None
@@ -123,8 +123,7 @@ class HubLink:
             return
         now = self._loop.time()
         for way in self._ways:
-            if way.drain is not None and way.link is not None:
-                way.drain.wake(now)
+            self._wake(way, now)
 
     def network_changed(self) -> None:
         self.state.network_changed(self._loop.time())
@@ -162,11 +161,25 @@ class HubLink:
             self.state.failed_back_later(now)
             self._spawn(self._probe_first())
         elif self.state.state is not State.STOPPED:
+            self._make_way_for_another()
             url = self.state.dial(now)
             attempt = _Attempt(self, self._urls[url])
-            self._attempts.add(attempt)
+            self._attempts[attempt] = None
             self._spawn(attempt.run())
         self._schedule()
+
+    def _make_way_for_another(self) -> None:
+        """Of too many attempts the oldest without an answer goes; one that is connected gets more patience."""
+        unconnected = [a for a in self._attempts if a.protocol is None]
+        if len(unconnected) >= ATTEMPTS_MAX:
+            oldest = unconnected[0]
+        elif len(self._attempts) >= 2 * ATTEMPTS_MAX:
+            oldest = next(iter(self._attempts))
+        else:
+            return
+        del self._attempts[oldest]
+        self.state.attempt_replaced()
+        oldest.abort()
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -220,7 +233,7 @@ class HubLink:
     # ------------------------------------------------------------------ what attempts report
 
     def attempt_failed(self, attempt: _Attempt, failure: Failure, error: str) -> None:
-        self._attempts.discard(attempt)
+        self._attempts.pop(attempt, None)
         if self.state.state is not State.CONNECTING:
             return
         if error != self.state.error:
@@ -230,7 +243,7 @@ class HubLink:
 
     def opened(self, attempt: _Attempt) -> bool:
         """The first attempt that is open wins; the others go."""
-        self._attempts.discard(attempt)
+        self._attempts.pop(attempt, None)
         if self.state.state is not State.CONNECTING:
             return False
         now = self._loop.time()
@@ -430,9 +443,11 @@ class _Attempt:
         self._reason: tuple[str, Failure] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[Any] | None = None
 
     async def run(self) -> None:
         hub, url = self.owner.hub, self.url
+        self._task = asyncio.current_task()
         try:
             context = self.owner.context(url)
             engine = self.owner.engine(url)
@@ -523,6 +538,8 @@ class _Attempt:
             self._deadline.cancel()
         if self.protocol is not None:
             self.protocol.abort()
+        elif self._task is not None:
+            self._task.cancel()
 
     def silent_ms(self) -> int:
         return silent_ms(self.protocol.socket) if self.protocol is not None and self.protocol.socket else 0

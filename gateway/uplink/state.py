@@ -96,7 +96,7 @@ class LinkState:
             case State.DOWN | State.BACKOFF:
                 return self._retry_at
             case State.CONNECTING:
-                return self._retry_at if self._attempts < ATTEMPTS_MAX else None
+                return self._retry_at
             case State.UP:
                 return self._fail_back_at
             case State.STOPPED:
@@ -112,6 +112,10 @@ class LinkState:
         self._attempts += 1
         self._retry_at = now + STAGGER_S
         return self.url
+
+    def attempt_replaced(self) -> None:
+        """An attempt without an answer gave way to a fresh one."""
+        self._attempts -= 1
 
     def opened(self, now: float, url: str) -> None:
         self._go(Event.OPENED, now)

@@ -539,6 +539,25 @@ def test_a_damaged_array_in_an_attach_is_not_sent_back() -> None:
     pair.run()
 
 
+def test_a_peer_that_begins_without_an_open_fails_the_connection() -> None:
+    pair = Pair()
+    events = pair.server.receive(AMQP_HEADER + b"\x00\x00\x00\x0c\x02\x00\x00\x00\x00\x53\x11\x45", NOW)
+    assert [event.condition for event in events if isinstance(event, Failed)] == [amqp.NOT_ALLOWED]
+
+
+def test_a_link_offered_just_before_the_connection_broke_may_be_confirmed_in_vain() -> None:
+    pair = Pair()
+    pair.client.open()
+    pair.client.sender(pair.client.session(), "link", Terminus("q"))
+    events = pair.server.receive(pair.client.data_to_send() + b"\xff" * 20, NOW)
+    assert [type(event) for event in events] == [Opened, LinkAttached, Failed]
+    pair.server.open()
+    for event in events:
+        if isinstance(event, LinkAttached):
+            event.link.confirm()
+            event.link.refuse("amqp:not-found")
+
+
 def test_more_links_than_allowed_fail_the_connection() -> None:
     pair = Pair(server=Engine(server=True, container="depot", links_max=3))
     pair.open()

@@ -486,3 +486,43 @@ def test_what_cannot_be_is_said_in_one_line(mosquitto: Mosquitto, tmp_path: Path
         result = run(*words)
         assert result.exit_code == 1, words
         assert re.fullmatch(r"lineside: .+\n", result.stderr), words
+
+
+def connack(*properties: int) -> bytes:
+    return bytes([0x20, 3 + len(properties), 0, 0, len(properties), *properties])
+
+
+@pytest.mark.parametrize(
+    ("answers", "words", "complaint"),
+    [
+        ([connack(0x24, 1)], ["-q", "2"], "the gateway takes no QoS 2, only up to 1"),
+        ([connack(0x25, 0)], ["-r"], "the gateway keeps no messages"),
+        ([b"\x20\x03\x00\x87\x00"], [], "refused to connect: Not authorized"),
+        ([connack(), b"\xe0\x02\x9b\x00"], [], "the gateway ended the connection: QoS not supported; 0 ack"),
+        ([connack(), b"\x40\x04\x00\x01\x97\x00"], [], "1 of 1 refused: Quota exceeded"),
+        ([connack()], ["--timeout", "0.3"], "1 of 1 not acknowledged within 0.3 s; 0 acknowledged before"),
+        ([b""], [], "the connection to the gateway was lost"),
+    ],
+)
+def test_what_the_gateway_refuses_is_said_in_its_own_words(
+    answers: list[bytes], words: list[str], complaint: str
+) -> None:
+    """A peer that answers each packet with the next of `answers`, and hangs up at an empty one."""
+
+    class Peer(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            for answer in answers:
+                if not self.request.recv(4096) or not answer:
+                    return
+                self.request.sendall(answer)
+            while self.request.recv(4096):
+                pass
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Peer) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        result = run("publish", "t", "-m", "x", *words, "--to", f"127.0.0.1:{server.server_address[1]}")
+        thread.join()
+    assert result.exit_code == 1
+    assert complaint in result.stderr
+    assert len(result.stderr.splitlines()) == 1
