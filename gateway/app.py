@@ -185,6 +185,7 @@ class App:
 
     def _housekeeping(self) -> None:
         self.broker.expire_sessions()
+        self.broker.trim_sessions()
         for stream in self.journal.streams.values():
             if stream.rows and stream.low() > stream.first_seq:
                 self.journal.pending.touched[stream] = None

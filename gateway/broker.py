@@ -21,7 +21,7 @@ log = logging.getLogger("lineside.broker")
 
 LOCAL = "local"
 DECODED_MAX = 1024
-NEVER_EXPIRES = 0xFFFFFFFF
+TRIM_ROWS_MAX = 10_000
 
 
 class Broker:
@@ -155,6 +155,22 @@ class Broker:
         for session in over:
             log.info("session expired", extra={"client": session.client_id, "expiry_s": session.expiry_s})
             self.end(session)
+
+    def trim_sessions(self) -> None:
+        """Move sessions on that have more waiting than they may; what they miss is in the ledger (promise P4)."""
+        most = self.config.mqtt.session_max_messages if self.config.mqtt is not None else None
+        if most is None:
+            return
+        for session in self.sessions.values():
+            for stream, feed in session.feeds.items():
+                start, end = feed.cursor.position, stream.committed - most
+                if start >= end or session.outlet is not None:
+                    continue  # who is here and reads gets what there is
+                end = min(end, start + TRIM_ROWS_MAX)
+                for row in self.journal.read_range(stream, start, end):
+                    if session.wants(stream, row) >= 0:
+                        self.journal.lose(stream.name, row.seq, "session-limit", len(row.body), session.cursor_name)
+                self.journal.advance(stream, feed.cursor, end)
 
     def subscribe(self, session: Session, requests: Iterable[tuple[str, int, int, int | None]]) -> list[int]:
         """(filter, qos, options byte, identifier) each; returns a SUBACK code each."""

@@ -85,7 +85,9 @@ class HubLink:
         self.journal = journal
         self._kick = kick
         self._loop = asyncio.get_running_loop()
-        self.state = LinkState([str(u) for u in hub.urls], random.Random(), self._loop.time())
+        self.state = LinkState(
+            [str(u) for u in hub.urls], random.Random(), self._loop.time(), hub.retry_min_s, hub.retry_max_s
+        )
         self._urls = {str(u): u for u in hub.urls}
         self._ways = [
             _Way(c, s := journal.streams[c.stream], Drain(journal, s, s.cursors["uplink"], hub.window))

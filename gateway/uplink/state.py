@@ -63,8 +63,17 @@ class Status:
 class LinkState:
     """Ask `due(now)` when to act next and `dial(now)` for the address to try."""
 
-    def __init__(self, urls: list[str], random: Random, now: float) -> None:
+    def __init__(
+        self,
+        urls: list[str],
+        random: Random,
+        now: float,
+        backoff_s_min: float = BACKOFF_S_MIN,
+        backoff_s_max: float = BACKOFF_S_MAX,
+    ) -> None:
         assert urls
+        self._backoff_s_min = backoff_s_min
+        self._backoff_s_max = max(backoff_s_min, backoff_s_max)
         self.urls = urls
         self._random = random
         self.state = State.DOWN
@@ -152,8 +161,8 @@ class LinkState:
             case Failure.UNREACHABLE:
                 delay_s = self._random.uniform(BACKOFF_S_MIN, UNREACHABLE_BACKOFF_S_MAX)
             case Failure.HANDSHAKE:
-                top = min(BACKOFF_S_MAX, BACKOFF_S_MIN * 2 ** min(rounds, 16))
-                delay_s = max(BACKOFF_S_MIN * self._random.random(), self._random.uniform(0, top))
+                top = min(self._backoff_s_max, self._backoff_s_min * 2 ** min(rounds, 16))
+                delay_s = self._random.uniform(0, top)
             case Failure.AUTHENTICATION:
                 top = min(AUTH_BACKOFF_S_MAX, AUTH_BACKOFF_S_MIN * 2 ** min(self._auth_failures, 16))
                 delay_s = self._random.uniform(AUTH_BACKOFF_S_MIN, top)
