@@ -186,9 +186,9 @@ class App:
     def _housekeeping(self) -> None:
         self.broker.expire_sessions()
         self.broker.trim_sessions()
-        for stream in self.journal.streams.values():
-            if stream.rows and stream.low() > stream.first_seq:
-                self.journal.pending.touched[stream] = None
+        self.journal.reclaim()
+        if self.journal.disk_full:
+            self.journal.pending.touched[self.broker.local] = None  # every commit also looks for space
         if self.journal.pending:
             self.committer.kick()
         self._loop.call_later(HOUSEKEEPING_S, self._housekeeping)
@@ -314,6 +314,7 @@ class App:
                 for s in journal.streams.values()
             ],
             "rates": {"in_per_s": self._rates[0], "out_per_s": self._rates[1]},
+            "disk_full": journal.disk_full,
             "losses": journal.loss_count,
             "dead": journal.dead_count,
             "commit_ms": {"p50": _quantile_ms(durations, 0.5), "p99": _quantile_ms(durations, 0.99)},

@@ -22,7 +22,6 @@ log = logging.getLogger("lineside.journal")
 GATHER_SHARE = 0.1
 GATHER_S_MAX = 0.002
 RETRY_S = 0.5
-WAL_BYTES_MAX = 8 << 20
 
 
 class Committer:
@@ -92,11 +91,13 @@ class Committer:
         self._last_s = future.result()
         self.durations_s.append(self._last_s)
         batch = journal.committed()
-        if self._refused_since is not None:
+        if self._refused_since is not None and not journal.disk_full:
             log.warning("the disk takes messages again", extra={"refused_s": time.monotonic() - self._refused_since})
             self._refused_since = None
         self._on_commit(batch)
-        if journal.wal_bytes() > WAL_BYTES_MAX:
+        if journal.disk_full:
+            self._executor.submit(journal.recover).add_done_callback(self._checkpoint_is_back)
+        elif journal.wal_bytes() > journal.wal_bytes_max:
             self._executor.submit(journal.checkpoint).add_done_callback(self._checkpoint_is_back)
         else:
             self._next()
@@ -107,7 +108,10 @@ class Committer:
     def _checkpointed(self, future: Future[None]) -> None:
         error = future.exception()
         if isinstance(error, JournalError):
-            log.error("checkpoint failed", extra={"error": str(error)})
+            self._fatal(error)
+            return
+        if self.journal.disk_full:
+            self.journal.reclaim()
         self._next()
 
     def _next(self) -> None:

@@ -57,6 +57,7 @@ class View:
                     f"out {len(s.outbound.seen)}/{s.outbound.published}  "
                     f"in {len(s.inbound.seen)}/{s.inbound.published}",
                     highlight=False,
+                    soft_wrap=True,
                 )
             return
         if s.clock_s >= self._next_s:
@@ -103,6 +104,7 @@ class View:
             f"{verdict['tunnels']} tunnels; traffic again at most {verdict['resume_s_max']:.2f} s after the line's "
             f"return;\nthe last tunnel's backlog delivered {verdict['drain_s']:.2f} s after it.",
             highlight=False,
+            soft_wrap=True,
         )
         self._console.print(
             "[bold green]Every promise held.[/]" if kept else "[bold red]A promise broke.[/] See the row above."

@@ -8,9 +8,11 @@ Knows no network, no asyncio, no encoding: bodies are opaque bytes with a CRC.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sqlite3
+import struct
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -32,13 +34,18 @@ DELETE_ROWS_MAX = 4096
 DELETE_ROWS_MIN = 256
 READ_ROWS_MAX = 1024
 LOSS_ROWS_MAX = 200_000
-CHECKPOINT_PAGES = 512
+RESERVE_BYTES_MAX = 16 << 20
+RESERVE_SHARE = 8
+DELETE_ROWS_DISK_FULL = 128
+VACUUM_PAGES = 64
 PENDING_BYTES_MAX = 8 << 20
 SUSPECT = "journal.suspect"
 
 _INSERT_HEAD = "INSERT INTO message (id, time_us, expires_age_us, topic, crc, body) VALUES "
 _INSERT_ROW = "(?,?,?,?,?,?)"
 _INSERT_FULL = _INSERT_HEAD + ",".join([_INSERT_ROW] * ROWS_A_STATEMENT)
+
+_WAL_INDEX = struct.Struct("=14xHI")
 
 Encode = Callable[[int, bytes], bytes]
 
@@ -102,7 +109,9 @@ class Journal:
         self.epoch_token = ""
         self._age = AgeClock(0, 0, "")
         self._age_saved_us = 0
-        self._wal_pages = 0
+        self.disk_full = False
+        self.wal_bytes_max = 0
+        self._reserve_bytes = 0
         self.salvaged: str | None = None
         self.dead_count = 0
         self.loss_count = 0
@@ -161,6 +170,8 @@ class Journal:
             if new:
                 os.chmod(path, 0o600)
                 writer.execute(f"PRAGMA page_size = {schema.PAGE_SIZE_BYTES:d}")
+                # A file system that was full gets its space back as the backlog drains.
+                writer.execute("PRAGMA auto_vacuum = INCREMENTAL")
             writer.execute("PRAGMA journal_mode = WAL")
             (found,) = writer.execute("PRAGMA user_version").fetchone()
             if found > schema.VERSION:
@@ -170,16 +181,17 @@ class Journal:
                 )
             writer.execute(f"PRAGMA synchronous = {synchronous}")
             writer.execute("PRAGMA wal_autocheckpoint = 0")
-            writer.execute("PRAGMA cache_size = -4096")
+            writer.execute("PRAGMA cache_size = -2048")
             writer.execute("PRAGMA foreign_keys = ON")
             schema.migrate(writer)
             if new:
                 _sync_directory(state_dir)
             reader = sqlite3.connect(path, isolation_level=None, timeout=5)
             reader.execute("PRAGMA query_only = ON")
-            reader.execute("PRAGMA cache_size = -2048")
+            reader.execute("PRAGMA cache_size = -1024")
             journal = cls(state_dir, writer, reader, lock, clock, wall)
             journal._load()
+            journal._measure_reserve()
         except BaseException:
             writer.close()
             raise
@@ -309,6 +321,8 @@ class Journal:
         `encode(seq, payload)` makes the body. Raises JournalFull when the stream's limits say refuse; then nothing
         was staged and the seq is free.
         """
+        if self.disk_full:
+            raise JournalFull(stream.name, "the disk is full")
         seq = stream.next_seq
         body = encode(seq, payload)
         size = len(body)
@@ -572,13 +586,73 @@ class Journal:
         try:
             self._w.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         except sqlite3.DatabaseError as error:
+            if _no_space(error):
+                self._release_reserve()
+                return
             raise self._damaged(error) from error
 
-    def wal_bytes(self) -> int:
+    def recover(self) -> None:
+        """With the disk full: give back what the drained backlog freed, and take messages again once there is room.
+
+        There is room when the reserve can be laid by again. Between commits only.
+        """
         try:
-            return os.stat(self.state_dir / "journal.db-wal").st_size
-        except FileNotFoundError:
+            self._w.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self._w.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+            self._w.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.DatabaseError as error:
+            if not _no_space(error):
+                raise self._damaged(error) from error
+        if self._lay_by_reserve():
+            # As much again has to be free, or the next batch would meet the same end.
+            space = os.statvfs(self.state_dir)
+            self.disk_full = space.f_bavail * space.f_frsize < self._reserve_bytes
+            if self.disk_full:
+                self._release_reserve()
+
+    def reclaim(self) -> None:
+        """Have rows that nobody needs deleted with the next commit, few as they may be."""
+        for stream in self.streams.values():
+            if stream.rows and stream.low() > stream.first_seq:
+                self.pending.touched[stream] = None
+
+    # A reserve is kept in a file of its own. Without it a full disk would be a trap: the rows that drain could not be
+    # deleted, because a deletion, too, has to be written first.
+
+    def _measure_reserve(self) -> None:
+        space = os.statvfs(self.state_dir)
+        self._reserve_bytes = min(RESERVE_BYTES_MAX, space.f_blocks * space.f_frsize // RESERVE_SHARE)
+        self.wal_bytes_max = self._reserve_bytes // 2
+        self.disk_full = not self._lay_by_reserve()
+
+    def _lay_by_reserve(self) -> bool:
+        path = self.state_dir / "reserve"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, self._reserve_bytes)
+        except OSError:
+            os.ftruncate(fd, 0)
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def _release_reserve(self) -> None:
+        self.disk_full = True
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(self.state_dir / "reserve", 0)
+
+    def wal_bytes(self) -> int:
+        """How much of the WAL is in use. Its file never shrinks, so the file's size would say "too large" for good.
+
+        Read from the WAL index, whose header SQLite documents: page size and last valid frame.
+        """
+        try:
+            with open(self.state_dir / "journal.db-shm", "rb", buffering=0) as index:
+                page_bytes, frames = _WAL_INDEX.unpack(index.read(_WAL_INDEX.size))
+        except (FileNotFoundError, struct.error):
             return 0
+        return int((page_bytes or 1 << 16) * frames)
 
     def _remember(self, stream: Stream, appended: _Appended) -> None:
         ex = self._w.executemany
@@ -604,7 +678,7 @@ class Journal:
         if low - stream.first_seq < (1 if all_of_it or low >= stream.next_seq else DELETE_ROWS_MIN):
             return False
         if not all_of_it:
-            low = min(low, stream.first_seq + DELETE_ROWS_MAX)
+            low = min(low, stream.first_seq + (DELETE_ROWS_DISK_FULL if self.disk_full else DELETE_ROWS_MAX))
         span = (stream.base | stream.first_seq, stream.base | low)
         connection = self._w if into is None else self._r
         rows, size = connection.execute(
@@ -649,6 +723,8 @@ class Journal:
         code = getattr(error, "sqlite_errorname", "")
         if code in {"SQLITE_CORRUPT", "SQLITE_NOTADB"}:
             return self._damaged(error)
+        if _no_space(error):
+            self._release_reserve()
         full = JournalFull("*", f"the disk does not take it: {error}")
         for waiter, tokens in batch.waiting.items():
             waiter.failed(tokens, full)
@@ -678,6 +754,11 @@ class Journal:
         return JournalCorrupt(
             f"{self.state_dir / 'journal.db'}: {error}; the next start sets the file aside and salvages what reads"
         )
+
+
+def _no_space(error: sqlite3.Error) -> bool:
+    """SQLITE_FULL; some file systems let a write fail in other ways when they are full."""
+    return getattr(error, "sqlite_errorname", "") in {"SQLITE_FULL", "SQLITE_IOERR_WRITE"}
 
 
 def _within(rows: list[Row], bytes_max: int) -> list[Row]:

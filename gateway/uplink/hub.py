@@ -351,7 +351,8 @@ class HubLink:
             self._wake(way, now)
         else:
             assert isinstance(way.config, Inbound)
-            way.intake = Intake(self.journal, link, way.config.credit, self._place(way.config, way.stream), self._flush)
+            place = self._place(way.config, way.stream)
+            way.intake = Intake(self.journal, link, way.config.credit, place, self._flush, self.state.settled)
 
     def _place(self, config: Inbound, stream: Stream) -> Callable[[Message], tuple[Stream, str]]:
         gateway = self.gateway

@@ -29,14 +29,26 @@ def _as_it_came(seq: int, body: bytes) -> bytes:
 
 
 class Intake:
-    """`place(message)` says which stream and topic; raises PeerError to have the message rejected."""
+    """`place(message)` says which stream and topic; raises PeerError to have the message rejected.
 
-    def __init__(self, journal: Journal, link: Receiver, credit: int, place: Place, flush: Callable[[], None]) -> None:
+    `flush()` has what was settled sent; `accepted()` hears of every time that something was accepted.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        link: Receiver,
+        credit: int,
+        place: Place,
+        flush: Callable[[], None],
+        accepted: Callable[[], None] = lambda: None,
+    ) -> None:
         self.journal = journal
         self.link = link
         self.credit = credit
         self._place = place
         self._flush = flush
+        self._accepted = accepted
         self._held: deque[tuple[int, bytes]] = deque()
         self.received = self.repeated = 0
         link.topup(credit)
@@ -76,6 +88,7 @@ class Intake:
 
     def committed(self, tokens: list[int]) -> None:
         self.link.accept(tokens)
+        self._accepted()
         self._refill()
 
     def failed(self, tokens: list[int], error: JournalFull) -> None:

@@ -155,12 +155,13 @@ class LinkState:
 
     def _back_off(self, now: float, failure: Failure) -> None:
         self.index = (self.index + 1) % len(self.urls)
-        rounds = self._failures // len(self.urls)
-        self._failures += 1
         match failure:
             case Failure.UNREACHABLE:
+                # Not counted: however long the tunnel was, the first failure after it is the first.
                 delay_s = self._random.uniform(BACKOFF_S_MIN, UNREACHABLE_BACKOFF_S_MAX)
             case Failure.HANDSHAKE:
+                rounds = self._failures // len(self.urls)
+                self._failures += 1
                 top = min(self._backoff_s_max, self._backoff_s_min * 2 ** min(rounds, 16))
                 delay_s = self._random.uniform(0, top)
             case Failure.AUTHENTICATION:

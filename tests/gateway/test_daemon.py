@@ -8,84 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import paho.mqtt.client as paho
 import pytest
-from paho.mqtt.enums import CallbackAPIVersion
 
-from gateway.control_client import ControlError, DaemonStopped, request
 from storeforward import schema
-
-WAIT_S = 15.0
-
-CONFIG = """
-[gateway]
-id = "loco"
-state_dir = "{state}"
-[mqtt]
-listen = ["127.0.0.1:{port}"]
-[[hub]]
-name = "depot"
-urls = ["amqp://127.0.0.1:1"]
-[[outbound]]
-stream = "telemetry"
-topics = ["train/#"]
-hub = "depot"
-address = "edge"
-"""
-
-
-class Daemon:
-    def __init__(self, tmp_path: Path, **environment: str) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
-        self.state = tmp_path / "state"
-        self.config = tmp_path / "lineside.toml"
-        self.config.write_text(CONFIG.format(state=self.state, port=self.port))
-        self.log = tmp_path / "log"
-        self.environment = environment
-        self.process = self.start()
-
-    def start(self) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "gateway", "run", "--config", str(self.config)],
-                stdin=subprocess.DEVNULL,
-                stderr=log,
-                env=os.environ | self.environment,
-            )
-        return self.process
-
-    def status(self) -> dict[str, object]:
-        end = time.monotonic() + WAIT_S
-        while True:
-            try:
-                return request(self.state, "status")
-            except (DaemonStopped, ControlError):
-                assert self.process.poll() is None, self.log.read_text()
-                assert time.monotonic() < end, self.log.read_text()
-                time.sleep(0.02)
-
-    def rows(self) -> int:
-        streams = self.status()["streams"]
-        assert isinstance(streams, list)
-        return next(int(s["rows"]) for s in streams if s["name"] == "telemetry")
-
-    def wait_for_log(self, text: str) -> None:
-        end = time.monotonic() + WAIT_S
-        while text not in self.log.read_text():
-            assert time.monotonic() < end, self.log.read_text()
-            time.sleep(0.02)
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+from tests.daemon import WAIT_S, Client, Daemon
 
 
 @pytest.fixture
@@ -96,29 +26,6 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         yield daemon
     finally:
         daemon.end()
-
-
-class Client:
-    def __init__(self, port: int, name: str = "app") -> None:
-        self.acknowledged = 0
-        self.disconnected = threading.Event()
-        client = self.client = paho.Client(CallbackAPIVersion.VERSION2, client_id=name, clean_session=False)
-        client.max_inflight_messages_set(500)
-        client.on_publish = self._count
-        client.on_disconnect = lambda *_: self.disconnected.set()
-        client.connect("127.0.0.1", port)
-        client.loop_start()
-
-    def _count(self, *_: object) -> None:
-        self.acknowledged += 1
-
-    def publish(self, count: int) -> None:
-        infos = [self.client.publish("train/speed", b"%d" % n, qos=1) for n in range(count)]
-        infos[-1].wait_for_publish(WAIT_S)
-
-    def close(self) -> None:
-        self.client.disconnect()
-        self.client.loop_stop()
 
 
 def test_what_was_acknowledged_is_there_after_sigkill(daemon: Daemon) -> None:
