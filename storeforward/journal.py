@@ -25,7 +25,7 @@ from storeforward import schema
 from storeforward.age import AgeClock, boot_id
 from storeforward.errors import JournalCorrupt, JournalError, JournalFull, JournalNewer
 from storeforward.lock import StateLock
-from storeforward.schema import SEQ_MASK
+from storeforward.schema import SEQ_BITS, SEQ_MASK
 from storeforward.streams import Cursor, Row, Stream, StreamLimits, WhenFull
 
 ROWS_A_STATEMENT = 64
@@ -45,6 +45,8 @@ _INSERT_HEAD = "INSERT INTO message (id, time_us, expires_age_us, topic, crc, bo
 _INSERT_ROW = "(?,?,?,?,?,?)"
 _INSERT_FULL = _INSERT_HEAD + ",".join([_INSERT_ROW] * ROWS_A_STATEMENT)
 
+# A third of what calling the named tuple costs.
+_new_row = tuple.__new__
 _WAL_INDEX = struct.Struct("=14xHI")
 
 Encode = Callable[[int, bytes], bytes]
@@ -110,6 +112,7 @@ class Journal:
         self._age = AgeClock(0, 0, "")
         self._age_saved_us = 0
         self.disk_full = False
+        self._index_fd = -1
         self.wal_bytes_max = 0
         self._reserve_bytes = 0
         self.salvaged: str | None = None
@@ -166,6 +169,7 @@ class Journal:
     ) -> Journal:
         new = not path.exists()
         writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+        reader: sqlite3.Connection | None = None
         try:
             if new:
                 os.chmod(path, 0o600)
@@ -192,7 +196,13 @@ class Journal:
             journal = cls(state_dir, writer, reader, lock, clock, wall)
             journal._load()
             journal._measure_reserve()
+            # Held until after SQLite has closed the file: closing any descriptor of it would drop SQLite's own locks
+            # on it, and another process could then take the WAL for abandoned.
+            journal._index_fd = os.open(state_dir / "journal.db-shm", os.O_RDONLY | os.O_CLOEXEC)
         except BaseException:
+            # Both, and before anybody moves the file: the last connection to close unlinks a WAL, and does it by name.
+            if reader is not None:
+                reader.close()
             writer.close()
             raise
         return journal
@@ -245,6 +255,7 @@ class Journal:
             self._w.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             self._w.close()
+            os.close(self._index_fd)
             self._lock.release()
 
     # ------------------------------------------------------------------ streams and cursors
@@ -329,14 +340,14 @@ class Journal:
         limits = stream.limits
         if stream.size_bytes + size > limits.bytes_max or stream.rows >= limits.messages_max:
             self._make_room(stream, size)
-        id_ = stream.base | seq
+        id_ = stream.id << SEQ_BITS | seq  # HOT from here: tests/bench measures it as intake
         batch = self.pending
         batch.args += (id_, self.wall_us, expires_age_us, topic, crc32(body), body)
         batch.size_bytes += size
         appended = batch.appended.get(stream)
         if appended is None:
             appended = batch.appended[stream] = _Appended()
-        appended.rows.append(Row(seq, topic, expires_age_us, body))
+        appended.rows.append(_new_row(Row, (seq, topic, expires_age_us, body)))
         appended.size_bytes += size
         if identity is not None:
             stream.seen[identity] = id_
@@ -354,6 +365,15 @@ class Journal:
             waiting[waiter] = [token]
         else:
             tokens.append(token)
+
+    def wait_for(self, waiter: Waiter, token: Any, stream: Stream, identity: bytes) -> None:
+        """As `wait`, about the message seen under this identity before: the commit that holds it may be under way."""
+        batch = self.pending
+        if self.under_way is not None and (appended := self.under_way.appended.get(stream)) is not None:
+            seq = stream.seen[identity] & SEQ_MASK
+            if appended.rows[0].seq <= seq <= appended.rows[-1].seq:
+                batch = self.under_way
+        batch.waiting.setdefault(waiter, []).append(token)
 
     def execute(self, statement: str, parameters: tuple[Any, ...] = ()) -> None:
         """Have a statement run inside the next commit (sessions, subscriptions)."""
@@ -469,8 +489,8 @@ class Journal:
         limit = min(rows_max, READ_ROWS_MAX)
         try:
             cursor = self._r.execute(
-                "SELECT id, topic, expires_age_us, crc, body FROM message WHERE id >= ? AND id < ? ORDER BY id LIMIT ?",
-                (base | seq, base | stream.committed, limit),
+                "SELECT id, topic, expires_age_us, crc, body FROM message WHERE id >= ? AND id < ? ORDER BY id",
+                (base | seq, base | stream.committed),
             )
             for id_, topic, expires, crc, body in cursor:
                 if crc32(body) != crc:
@@ -478,7 +498,7 @@ class Journal:
                     continue
                 out.append(Row(id_ & SEQ_MASK, topic, expires, body))
                 size += len(body)
-                if size >= bytes_max:
+                if size >= bytes_max or len(out) >= limit:
                     break
             cursor.close()
         except sqlite3.DatabaseError as error:
@@ -648,9 +668,8 @@ class Journal:
         Read from the WAL index, whose header SQLite documents: page size and last valid frame.
         """
         try:
-            with open(self.state_dir / "journal.db-shm", "rb", buffering=0) as index:
-                page_bytes, frames = _WAL_INDEX.unpack(index.read(_WAL_INDEX.size))
-        except (FileNotFoundError, struct.error):
+            page_bytes, frames = _WAL_INDEX.unpack(os.pread(self._index_fd, _WAL_INDEX.size, 0))
+        except struct.error:
             return 0
         return int((page_bytes or 1 << 16) * frames)
 

@@ -563,9 +563,13 @@ class Sender(_Link):
 
 
 class Receiver(_Link):
-    """Our receiving end. A message is known by its handle until it is settled, or the link is gone."""
+    """Our receiving end. A message is known by its handle until it is settled, or the link is gone.
 
-    __slots__ = ("_granted", "_next_handle", "_parts", "_pending", "_received", "max_message_bytes")
+    whole_windows: grant credit only when all of it was used. RabbitMQ 3.10 takes a credit to begin at the last
+    message it sent, whatever delivery-count comes with it, and so would send more than was granted.
+    """
+
+    __slots__ = ("_granted", "_next_handle", "_parts", "_pending", "_received", "max_message_bytes", "whole_windows")
 
     role = Role.RECEIVER
 
@@ -576,6 +580,7 @@ class Receiver(_Link):
         self._next_handle = 0
         self._granted = 0
         self._received = 0
+        self.whole_windows = False
         self.max_message_bytes = MESSAGE_BYTES_MAX
 
     @property
@@ -594,7 +599,9 @@ class Receiver(_Link):
             return
         credit = self._granted - self._received
         missing = count - credit - len(self._pending)
-        if missing > 0 and (credit == 0 or missing * 4 >= count):
+        if self.whole_windows and credit:
+            return
+        if missing > 0 and (missing * 4 >= count or (credit == 0 and not self.whole_windows)):
             self._granted += missing
             raw.flow(self._pointer, missing)
             self._engine._produced()

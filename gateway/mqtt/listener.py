@@ -221,8 +221,12 @@ class Client(asyncio.Protocol):
         packet_ids: list[bytes] = []
         count = 0
         age_us: int | None = None
+        last_topic: str | None = None
+        last_qos = -1
         for topic, qos, _retain, _dup, packet_id, payload, properties in messages:
-            route = route_of(topic, qos)
+            if topic is not last_topic or qos != last_qos:  # the usual case: a run of one topic
+                route = route_of(topic, qos)
+                last_topic, last_qos = topic, qos
             try:
                 if route.wanted:
                     if properties is None and route.ttl_us is None:

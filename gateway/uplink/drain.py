@@ -36,7 +36,8 @@ class Drain:
         self._wants = wants
         self._link: Sender | None = None
         self._next = cursor.position
-        self._accepted_early: set[int] = set()
+        # Finished with though the cursor is not past them: accepted behind a release, buried, expired.
+        self._done: set[int] = set()
         self._resend_from: int | None = None
         self._resend_at = 0.0
         self._resend_s = RESEND_S_MIN
@@ -91,7 +92,7 @@ class Drain:
                 if self._resend_from is not None:
                     # seqs may have gaps, so that the run can begin earlier than it looks; what is over is harmless
                     first = max(outcome.seq - outcome.count + 1, self._resend_from)
-                    self._accepted_early.update(range(first, outcome.seq + 1))
+                    self._done.update(range(first, outcome.seq + 1))
                 else:
                     self._resend_s = RESEND_S_MIN
                 return True
@@ -99,8 +100,7 @@ class Drain:
                 for row in self.journal.read(self.stream, outcome.seq, 1):
                     if row.seq == outcome.seq:
                         self.journal.bury(self.stream, row, outcome.condition or "rejected", outcome.description or "")
-                if self._resend_from is not None:
-                    self._accepted_early.add(outcome.seq)
+                self._done.add(outcome.seq)
                 return True
             case OutcomeKind.RELEASED | OutcomeKind.MODIFIED | OutcomeKind.UNKNOWN:
                 if self._resend_from is None:
@@ -112,6 +112,7 @@ class Drain:
     def _send(self, link: Sender, now: float) -> None:
         journal, stream, cursor = self.journal, self.stream, self.cursor
         while True:
+            self._move_cursor(link)
             # What is settled but not yet durably so would be sent again after a crash: it counts as in the window.
             room = min(link.capacity, self.window - link.unsettled - (cursor.position - cursor.durable))
             if room <= 0 or self._next >= stream.committed:
@@ -130,8 +131,7 @@ class Drain:
                 link.send(batch)
 
     def _body(self, row: Row, link: Sender) -> bytes | None:
-        if row.seq in self._accepted_early:
-            self._accepted_early.discard(row.seq)
+        if row.seq in self._done:
             return None
         if self._wants is not None and not self._wants(row):
             return None
@@ -140,6 +140,7 @@ class Drain:
             left_ms = (row.expires_age_us - self.journal.age_us()) // 1000
             if left_ms <= 0:
                 self.journal.lose(self.stream.name, row.seq, "expired", len(body), self.cursor.name)
+                self._done.add(row.seq)
                 return None
             body = patch_ttl(body, left_ms)
         size_max = link.peer_max_message_bytes
@@ -150,6 +151,7 @@ class Drain:
                 "amqp:link:message-size-exceeded",
                 f"{len(body)} bytes; the peer takes {size_max}",
             )
+            self._done.add(row.seq)
             return None
         return body
 
@@ -159,3 +161,5 @@ class Drain:
         if self._resend_from is not None:
             position = min(position, self._resend_from)
         self.journal.advance(self.stream, self.cursor, position)
+        if self._done:
+            self._done = {seq for seq in self._done if seq >= position}

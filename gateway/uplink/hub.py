@@ -352,6 +352,7 @@ class HubLink:
         else:
             assert isinstance(way.config, Inbound)
             place = self._place(way.config, way.stream)
+            link.whole_windows = self.hub.kind == "rabbitmq"
             way.intake = Intake(self.journal, link, way.config.credit, place, self._flush, self.state.settled)
 
     def _place(self, config: Inbound, stream: Stream) -> Callable[[Message], tuple[Stream, str]]:
@@ -447,6 +448,7 @@ class _Attempt:
         self._deadline: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[Any] | None = None
+        self._outstanding_since: float | None = None
 
     async def run(self) -> None:
         hub, url = self.owner.hub, self.url
@@ -545,7 +547,15 @@ class _Attempt:
             self._task.cancel()
 
     def silent_ms(self) -> int:
-        return silent_ms(self.protocol.socket) if self.protocol is not None and self.protocol.socket else 0
+        """How long something was outstanding and nothing was acknowledged; a pause with nothing to send is no silence."""
+        ms = silent_ms(self.protocol.socket) if self.protocol is not None and self.protocol.socket else 0
+        now = self._loop.time()
+        if not ms:
+            self._outstanding_since = None
+            return 0
+        if self._outstanding_since is None:
+            self._outstanding_since = now
+        return min(ms, int((now - self._outstanding_since) * 1000))
 
     def _end(self, error: str, failure: Failure) -> None:
         if self._over:

@@ -81,10 +81,11 @@ class Intake:
         who = identity(body)
         if who is not None and who in stream.seen:
             self.repeated += 1
+            self.journal.wait_for(self, handle, stream, who)
         else:
             self.journal.append(stream, topic, _as_it_came, body, identity=who)
             self.received += 1
-        self.journal.wait(self, handle)
+            self.journal.wait(self, handle)
 
     def committed(self, tokens: list[int]) -> None:
         self.link.accept(tokens)
