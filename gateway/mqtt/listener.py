@@ -356,6 +356,10 @@ class Client(asyncio.Protocol):
         told = self._expiry if connect.version == 5 and self._expiry != asked else None
         log.info("client connected", extra=self._who(client=client_id, version=connect.version, present=present))
         held = self._conn.accept(present, assigned_client_id=assigned, session_expiry_s=told)
+        if self._timer is not None:  # until now it was the time allowed for CONNECT; the keep-alive may be shorter
+            self._timer.cancel()
+            self._timer = None
+        self._set_timer()
         self._broker.pump(self._session)
         self._take(held)
 

@@ -547,7 +547,7 @@ class _Attempt:
             self._task.cancel()
 
     def silent_ms(self) -> int:
-        """How long something was outstanding and nothing was acknowledged; a pause with nothing to send is no silence."""
+        """How long something was outstanding and nothing was acknowledged: a pause with nothing to send is none."""
         ms = silent_ms(self.protocol.socket) if self.protocol is not None and self.protocol.socket else 0
         now = self._loop.time()
         if not ms:

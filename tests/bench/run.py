@@ -1,0 +1,412 @@
+"""The measures behind the numbers in the README, each with its method; `python -m tests.bench.run [NAME] [--json]`.
+
+intake   QoS 1 messages a second into the daemon, acknowledged after fsync, and into Mosquitto queueing for an offline
+         durable session, in turns in one run on one file system; the ratio of each pair, and their median.
+drain    messages a second out of the daemon's journal to our own AMQP receiver over mutual TLS, from the first batch
+         to the last message; the journal is filled while the receiver is not there.
+memory   resident bytes of the daemon with a million messages queued, again after a restart, and how long opening took.
+resume   seconds from a line's return to the next message settled at the far end, over many short tunnels.
+
+The daemon is the real one, `python -m gateway run`, in its own process, with the defaults of its configuration except
+for limits. It ends with this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gateway.control_client import ControlError, DaemonStopped, request
+from gateway.faultlink import FaultLink
+from tests import parts
+from tests.bench import load
+from tests.bench.receiver import Far, judge
+from tests.pki import Pki
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MOSQUITTO = """\
+allow_anonymous true
+persistence true
+max_queued_messages 0
+max_queued_bytes 0
+log_type error
+"""
+CONFIG = """\
+[gateway]
+id = "loco-4711"
+state_dir = "{state}"
+log_level = "warning"
+[mqtt]
+listen = ["127.0.0.1:{mqtt}"]
+[[hub]]
+name = "depot"
+urls = ["amqps://127.0.0.1:{hub}"]
+ca = "{pki.ca}"
+cert = "{pki.client.cert}"
+key = "{pki.client.key}"
+[[outbound]]
+stream = "bench"
+topics = ["bench/#"]
+hub = "depot"
+address = "edge.{{gateway}}.bench"
+max_bytes = "8GiB"
+max_messages = 10000000
+"""
+TRAFFIC_S = 0.02
+SETTLE_S = 0.3
+RESUME_S_MAX = 10.0
+
+
+class Daemon(parts.Part):
+    """The real daemon with one outbound stream for `bench/#` and a hub at `hub_port`, there or not."""
+
+    name = "lineside"
+
+    def __init__(self, pki: Pki, hub_port: int, directory: Path | None = None) -> None:
+        super().__init__(directory)
+        self.port = parts.free_port()
+        self._hub_port = hub_port
+        self._pki = pki
+
+    def configure(self) -> None:
+        text = CONFIG.format(state=self.state_dir, mqtt=self.port, hub=self._hub_port, pki=self._pki)
+        (self.directory / "lineside.toml").write_text(text)
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "gateway", "run", "--config", str(self.directory / "lineside.toml")]
+
+    def environment(self) -> dict[str, str]:
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        return {"PYTHONPATH": path, "NOTIFY_SOCKET": "", "WATCHDOG_USEC": ""}
+
+    def ready(self) -> bool:
+        try:
+            self.status()
+        except (DaemonStopped, ControlError):
+            return False
+        return True
+
+    @property
+    def state_dir(self) -> Path:
+        return self.directory / "state"
+
+    @property
+    def pid(self) -> int:
+        return int(self._pid_file.read_text())
+
+    def status(self) -> dict[str, Any]:
+        return request(self.state_dir, "status")
+
+    def waiting(self) -> int:
+        """How many messages the hub has not settled yet."""
+        return int(next(s["waiting"] for s in self.status()["streams"] if s["name"] == "bench"))
+
+    def memory_bytes(self, what: str = "VmRSS") -> int:
+        """From /proc: VmRSS is resident now, VmHWM was resident at most."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith(what):
+                return int(line.split()[1]) * 1024
+        raise KeyError(what)
+
+    def cpu_s(self) -> float:
+        return _cpu_s(self.pid)
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system time of a process and its threads so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _publish(want: load.Load) -> dict[str, float]:
+    """Run load.py as a process of its own, so that it shares nothing with what is measured here."""
+    options = ["--connections", want.connections, "--window", want.window, "--size-bytes", want.size_bytes]
+    options += ["--version", want.version, "--topic", want.topic]
+    if want.messages is not None:
+        options += ["--messages", want.messages]
+    else:
+        options += ["--seconds", want.seconds, "--warm-s", want.warm_s]
+    command = [sys.executable, "-m", "tests.bench.load", str(want.port), *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise load.LoadError(done.stderr.strip().rsplit("\n", 1)[-1])
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+# ------------------------------------------------------------------ intake
+
+
+def intake(directory: Path, *, pairs: int = 3, seconds: float = 4.0, version: int = 4) -> dict[str, Any]:
+    """Rates in turns A B A B, each round with a fresh broker and an empty queue. Without Mosquitto, ours alone."""
+    pki = Pki(directory / "pki")
+    rival = parts.available("mosquitto") is None
+    ours: list[_Round] = []
+    theirs: list[_Round] = []
+    for number in range(pairs):
+        with Daemon(pki, parts.free_port(), directory / f"ours-{number}") as daemon:
+            ours.append(_round(daemon, daemon.port, seconds, version))
+        if rival:
+            with parts.Mosquitto(MOSQUITTO, directory=directory / f"mosquitto-{number}") as broker:
+                load.offline_session("127.0.0.1", broker.port, "away", "bench/#", version)
+                theirs.append(_round(broker, broker.port, seconds, version))
+    ratios = [a.per_s / b.per_s for a, b in zip(ours, theirs, strict=False)]
+    return {
+        "mqtt": "5.0" if version == 5 else "3.1.1",
+        "lineside_per_s": [round(r.per_s) for r in ours],
+        "mosquitto_per_s": [round(r.per_s) for r in theirs],
+        "ratios": [round(r, 2) for r in ratios],
+        "ratio_median": round(statistics.median(ratios), 2) if ratios else None,
+        # What other work on the machine disturbs least.
+        "lineside_cpu_us": [round(r.cpu_us, 2) for r in ours],
+        "mosquitto_cpu_us": [round(r.cpu_us, 2) for r in theirs],
+    }
+
+
+class _Round(NamedTuple):
+    per_s: float
+    cpu_us: float  # the broker's, for each message
+
+
+def _round(broker: parts.Part, port: int, seconds: float, version: int) -> _Round:
+    pid = int((broker.directory / "pid").read_text())
+    cpu_s = _cpu_s(pid)
+    result = _publish(load.Load(port, seconds=seconds, version=version))
+    return _Round(result["per_s"], (_cpu_s(pid) - cpu_s) / result["acknowledged_in_all"] * 1e6)
+
+
+# ------------------------------------------------------------------ drain
+
+
+def drain(directory: Path, *, rounds: int = 3, messages: int = 100_000) -> dict[str, Any]:
+    """Rates of emptying a full journal, best and all; raises if anything was lost, repeated or reordered."""
+    pki = Pki(directory / "pki")
+    reports: list[dict[str, float]] = []
+    for number in range(rounds):
+        port = parts.free_port()
+        with Daemon(pki, port, directory / f"drain-{number}") as daemon:
+            _publish(load.Load(daemon.port, messages=messages))
+            cpu = daemon.cpu_s()
+            report = _receive(pki, port, messages)
+            until = time.monotonic() + 5
+            while (left := daemon.waiting()) and time.monotonic() < until:
+                time.sleep(0.05)
+            report["gateway_cores"] = (daemon.cpu_s() - cpu) / report["seconds"]
+            if left or report["missing"] or report["repeated"] or report["reordered"]:
+                raise AssertionError(f"a promise broke in the drain: {left} left, {report}")
+            reports.append(report)
+    rates = [round(r["per_s"]) for r in reports]
+    return {
+        "messages": messages,
+        "per_s": rates,
+        "per_s_best": max(rates),
+        "gateway_cores": [round(r["gateway_cores"], 2) for r in reports],
+        "receiver_cores": [round(r["receiver_cores"], 2) for r in reports],
+    }
+
+
+def _receive(pki: Pki, port: int, messages: int) -> dict[str, float]:
+    files = ["--cert", pki.server.cert, "--key", pki.server.key, "--ca", pki.ca]
+    command = [sys.executable, "-m", "tests.bench.receiver", "--port", port, "--expect", messages, *files]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        raise AssertionError(f"the receiver failed: {done.stderr.strip()}")
+    report: dict[str, float] = json.loads(done.stdout)
+    return report
+
+
+# ------------------------------------------------------------------ memory
+
+OPEN = """
+import sys, time
+from pathlib import Path
+from storeforward.journal import Journal
+began = time.perf_counter()
+journal = Journal.open(Path(sys.argv[1]))
+print(time.perf_counter() - began)
+journal.close()
+"""
+
+
+def memory(directory: Path, *, messages: int = 1_000_000) -> dict[str, Any]:
+    """Resident bytes before, while `messages` wait, and after a restart with them; seconds to open that journal."""
+    with Daemon(Pki(directory / "pki"), parts.free_port(), directory / "memory") as daemon:
+        empty = daemon.memory_bytes()
+        _publish(load.Load(daemon.port, messages=messages))
+        time.sleep(1.0)
+        queued, most, rows = daemon.memory_bytes(), daemon.memory_bytes("VmHWM"), daemon.waiting()
+        daemon.kill()
+        began = time.perf_counter()
+        daemon.start()
+        start_s = time.perf_counter() - began
+        restarted, rows_after = daemon.memory_bytes(), daemon.waiting()
+        daemon.stop()
+        command = [sys.executable, "-c", OPEN, str(daemon.state_dir)]
+        opening = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    return {
+        "messages": messages,
+        "rows": [rows, rows_after],
+        "rss_bytes_empty": empty,
+        "rss_bytes": queued,
+        "rss_bytes_most": most,
+        "rss_bytes_after_restart": restarted,
+        "restart_s": round(start_s, 3),
+        "open_s": round(float(opening.stdout), 3),
+    }
+
+
+# ------------------------------------------------------------------ resume
+
+
+class _Traffic(asyncio.Protocol):
+    """A light QoS 1 publisher: one numbered message every TRAFFIC_S."""
+
+    def __init__(self) -> None:
+        self.published = 0
+        self.acknowledged = 0
+        self._transport: asyncio.WriteTransport
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+        self._send()
+
+    def data_received(self, data: bytes) -> None:
+        self.acknowledged += data.count(b"\x40\x02")
+
+    def _send(self) -> None:
+        packet_id = struct.pack("!H", self.published % load.PACKET_IDS + 1)
+        body = b"\0\x07bench/0" + packet_id + b"0 %09d ." % self.published
+        self._transport.write(b"\x32" + bytes((len(body),)) + body)
+        self.published += 1
+        self._timer = asyncio.get_running_loop().call_later(TRAFFIC_S, self._send)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def resume(directory: Path, *, cuts: int = 50, tunnel_s: float = 0.3, seed: int = 4711) -> dict[str, Any]:
+    """Seconds from the line's return to the next message settled at the far end, with traffic all the while."""
+    return asyncio.run(_resume(directory, cuts, tunnel_s, random.Random(seed)))
+
+
+async def _resume(directory: Path, cuts: int, tunnel_s: float, chance: random.Random) -> dict[str, Any]:
+    pki = Pki(directory / "pki")
+    far = Far(0, pki.server.cert, pki.server.key, pki.ca)
+    line = FaultLink(await far.start())
+    await line.start()
+    daemon = Daemon(pki, line.port, directory / "resume")
+    try:
+        await asyncio.to_thread(daemon.start)
+        sock, _ = await asyncio.to_thread(load.connect, "127.0.0.1", daemon.port, "train")
+        sock.setblocking(False)
+        _, traffic = await asyncio.get_running_loop().create_connection(_Traffic, sock=sock)
+        await _next_message(far)
+        taken: list[float] = []
+        for _ in range(cuts):
+            # Not in step with the daemon's own timers.
+            await asyncio.sleep(SETTLE_S * (0.5 + chance.random()))
+            line.cut()
+            await asyncio.sleep(tunnel_s)
+            line.restore()
+            restored = time.perf_counter()
+            taken.append(await _next_message(far) - restored)
+        traffic.stop()
+        await _emptied(daemon)
+        missing, repeated, reordered = judge(far.bodies, traffic.acknowledged)
+        if missing > 0 or reordered:
+            raise AssertionError(f"a promise broke over {cuts} cuts: {missing} missing, {reordered} reordered")
+        sock.close()
+    finally:
+        await asyncio.to_thread(daemon.close)
+        await line.stop()
+        await far.stop()
+    taken.sort()
+    return {
+        "cuts": cuts,
+        "tunnel_s": tunnel_s,
+        "p50_s": round(_quantile(taken, 0.5), 3),
+        "p99_s": round(_quantile(taken, 0.99), 3),
+        "max_s": round(taken[-1], 3),
+        "messages": traffic.acknowledged,
+        "repeated": repeated,
+    }
+
+
+async def _emptied(daemon: Daemon) -> None:
+    for _ in range(100):
+        if not await asyncio.to_thread(daemon.waiting):
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"{daemon.waiting()} messages still wait, 5 s after the last one was published")
+
+
+async def _next_message(far: Far) -> float:
+    """When the next batch was accepted."""
+    arrived: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    def settle(now: float) -> None:
+        if not arrived.done():
+            arrived.set_result(now)
+
+    far.arrived = settle
+    async with asyncio.timeout(RESUME_S_MAX):
+        return await arrived
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    """The smallest value that at least `share` of them do not exceed."""
+    return ordered[max(0, -int(-len(ordered) * share // 1) - 1)]
+
+
+# ------------------------------------------------------------------ command line
+
+MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "intake": intake,
+    "drain": drain,
+    "memory": memory,
+    "resume": resume,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m tests.bench.run"
+    )
+    parser.add_argument("measure", nargs="*", help="which ones (default: all)", metavar="NAME")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--directory", type=Path, help="measure on the file system of this directory")
+    arguments = parser.parse_args()
+    unknown = set(arguments.measure) - set(MEASURES)
+    if unknown:
+        parser.error(f"no measure {', '.join(sorted(unknown))}; there are {', '.join(MEASURES)}")
+    results: dict[str, dict[str, Any]] = {}
+    for name in arguments.measure or MEASURES:
+        with tempfile.TemporaryDirectory(prefix="lineside-bench-", dir=arguments.directory) as directory:
+            results[name] = MEASURES[name](Path(directory))
+        if not arguments.json:
+            print(name)
+            for key, value in results[name].items():
+                print(f"  {key:24} {value}", flush=True)
+    if arguments.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

@@ -1,0 +1,66 @@
+"""The limits that Lineside promises for its own cost, held side by side with Mosquitto in small rounds.
+
+Method and full figures: `python -m tests.bench.run`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from storeforward.journal import Journal
+from tests.bench import run
+from tests.conftest import require
+
+RSS_BYTES_MAX = 64_000_000
+DRAIN_PER_S_MIN = 50_000
+RESUME_S_MAX = 1.0
+OPEN_S_MAX = 1.0
+
+
+@pytest.mark.parametrize(("version", "pairs"), [(4, 3), (5, 1)], ids=["3.1.1", "5.0"])
+def test_intake_after_fsync_is_at_least_as_fast_as_mosquitto_queueing_in_memory(
+    tmp_path: Path, version: int, pairs: int
+) -> None:
+    require("mosquitto")
+    figures = run.intake(tmp_path, pairs=pairs, seconds=2.0, version=version)
+    assert figures["ratio_median"] >= 1.0, figures
+
+
+def test_a_hundred_thousand_messages_drain_over_mutual_tls_at_fifty_thousand_a_second(tmp_path: Path) -> None:
+    figures = run.drain(tmp_path)
+    assert figures["per_s_best"] >= DRAIN_PER_S_MIN, figures
+
+
+def test_a_million_queued_messages_take_less_than_64_mb_of_memory_and_a_second_to_open(tmp_path: Path) -> None:
+    figures = run.memory(tmp_path)
+    assert figures["rows"] == [1_000_000, 1_000_000], figures
+    assert figures["rss_bytes"] < RSS_BYTES_MAX, figures
+    assert figures["rss_bytes_after_restart"] < RSS_BYTES_MAX, figures
+    assert figures["open_s"] < OPEN_S_MAX, figures
+
+
+def test_traffic_is_back_within_a_second_of_the_lines_return_over_fifty_cuts(tmp_path: Path) -> None:
+    figures = run.resume(tmp_path)
+    assert figures["p99_s"] < RESUME_S_MAX, figures
+
+
+def test_a_checkpointed_wal_counts_as_small_again_so_that_not_every_commit_pays_for_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    journal = Journal.open(tmp_path)
+    stream = journal.stream("bench", "outbound")
+
+    def fill(count: int) -> None:
+        for _ in range(count):
+            journal.append(stream, "bench/0", lambda seq, payload: payload, bytes(200))
+        journal.commit_now()
+
+    fill(20_000)
+    full = journal.wal_bytes()
+    journal.checkpoint()
+    fill(1)
+    assert full > 3_000_000
+    assert journal.wal_bytes() < full // 10
+    journal.close()
