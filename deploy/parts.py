@@ -107,9 +107,7 @@ def _missing_rabbitmq() -> str | None:
 
 
 def _missing_mosquitto() -> str | None:
-    return (
-        None if program("mosquitto") else "Mosquitto is not installed (Debian: mosquitto mosquitto-clients)"
-    )
+    return None if program("mosquitto") else "Mosquitto is not installed (Debian: mosquitto mosquitto-clients)"
 
 
 # Fetching: each returns only when the part is in place, and raises FetchError otherwise.

@@ -52,9 +52,7 @@ def client_context(
     return context
 
 
-def server_context(
-    cert: StrPath, key: StrPath | None = None, client_ca: StrPath | None = None
-) -> ssl.SSLContext:
+def server_context(cert: StrPath, key: StrPath | None = None, client_ca: StrPath | None = None) -> ssl.SSLContext:
     """The context of a side that listens; with `client_ca` it takes only clients with a certificate from there.
 
     Shapes and errors as in `client_context`.

@@ -328,9 +328,7 @@ class Artemis(Part):
                 f"sslEnabled=true;needClientAuth=true;keyStoreType=PEM;keyStorePath={self._server.bundle};"
                 f"trustStoreType=PEMCA;trustStorePath={self._ca};saslMechanisms=EXTERNAL,ANONYMOUS,PLAIN"
             )
-            acceptors += (
-                f'\n      <acceptor name="amqps">tcp://{HOST}:{self.tls_port}?{common};{tls}</acceptor>'
-            )
+            acceptors += f'\n      <acceptor name="amqps">tcp://{HOST}:{self.tls_port}?{common};{tls}</acceptor>'
         permissions = "".join(
             f'<permission type="{kind}" roles="amq"/>'
             for kind in (
@@ -475,9 +473,7 @@ class RabbitMQ(Part):
 
     def ready(self) -> bool:
         return (
-            _speaks_amqp(self.port)
-            and _accepts(self.mqtt_port)
-            and (self.tls_port is None or _accepts(self.tls_port))
+            _speaks_amqp(self.port) and _accepts(self.mqtt_port) and (self.tls_port is None or _accepts(self.tls_port))
         )
 
     def command(self) -> list[str]:

@@ -94,9 +94,7 @@ def test_random_bytes_never_raise(junk: bytes, where: list[int], header: bool) -
     cuts,
 )
 @settings(max_examples=500, deadline=None)
-def test_a_damaged_conversation_never_raises(
-    damage: list[tuple[int, int]], end: int, where: list[int]
-) -> None:
+def test_a_damaged_conversation_never_raises(damage: list[tuple[int, int]], end: int, where: list[int]) -> None:
     data = bytearray(GOOD)
     for at, value in damage:
         data[at] = value
@@ -107,9 +105,7 @@ def test_a_damaged_conversation_never_raises(
 @settings(max_examples=500, deadline=None)
 def test_performatives_with_random_fields_never_raise(code: int, fields: list[bytes], channel: int) -> None:
     body = b"".join(fields)
-    performative = (
-        b"\x00\x53" + bytes([code]) + b"\xd0" + struct.pack(">II", len(body) + 4, len(fields)) + body
-    )
+    performative = b"\x00\x53" + bytes([code]) + b"\xd0" + struct.pack(">II", len(body) + 4, len(fields)) + body
     frame = struct.pack(">IBBH", len(performative) + 8, 2, 0, channel) + performative
     listen(Engine(server=True, container="hub"), [AMQP_HEADER + frame])
     listen(Engine(server=True, container="hub"), [BEFORE, frame, frame])
@@ -117,9 +113,7 @@ def test_performatives_with_random_fields_never_raise(code: int, fields: list[by
 
 @given(st.binary(max_size=200), st.booleans(), cuts)
 @settings(max_examples=300, deadline=None)
-def test_no_bytes_open_the_sasl_layer_without_the_password(
-    junk: bytes, header: bool, where: list[int]
-) -> None:
+def test_no_bytes_open_the_sasl_layer_without_the_password(junk: bytes, header: bool, where: list[int]) -> None:
     data = (SASL_HEADER if header else b"") + junk
     server = SaslServer(["PLAIN"], lambda user, password: False)
     client = SaslClient(["PLAIN"], "u", "p")
@@ -173,9 +167,7 @@ simple = st.one_of(text, st.integers(-(2**63), 2**63 - 1), st.booleans(), st.non
 def test_what_we_encode_proton_and_we_read_alike(
     payload: bytes, to: str, subject: str, properties: dict[str, Any], ttl_ms: int | None
 ) -> None:
-    body = encode(
-        payload, message_id="id", to=to, subject=subject, ttl_ms=ttl_ms, application_properties=properties
-    )
+    body = encode(payload, message_id="id", to=to, subject=subject, ttl_ms=ttl_ms, application_properties=properties)
     ours, theirs = decode(body), proton.Message()
     theirs.decode(body)
     assert (ours.to, ours.subject) == (to, subject) == (theirs.address, theirs.subject)
@@ -187,9 +179,7 @@ def test_what_we_encode_proton_and_we_read_alike(
     }
 
 
-nested = st.recursive(
-    simple, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=3)
-)
+nested = st.recursive(simple, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=3))
 
 
 @given(

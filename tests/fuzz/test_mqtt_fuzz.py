@@ -89,19 +89,13 @@ def subscribes(version: int) -> st.SearchStrategy[Subscribe]:
             packet_ids,
             st.lists(st.builds(Subscription, filters, st.integers(0, 2)), min_size=1).map(tuple),
         )
-    subscription = st.builds(
-        Subscription, filters, st.integers(0, 2), st.booleans(), st.booleans(), st.integers(0, 2)
-    )
+    subscription = st.builds(Subscription, filters, st.integers(0, 2), st.booleans(), st.booleans(), st.integers(0, 2))
     properties = st.builds(SubscribeProperties, maybe() | st.integers(1, 268_435_455), user_properties)
-    return st.builds(
-        Subscribe, packet_ids, st.lists(subscription, min_size=1, max_size=3).map(tuple), properties
-    )
+    return st.builds(Subscribe, packet_ids, st.lists(subscription, min_size=1, max_size=3).map(tuple), properties)
 
 
 def wills(version: int) -> st.SearchStrategy[Will]:
-    properties = st.builds(
-        WillProperties, maybe() | u32, maybe() | st.integers(0, 1), user_property=user_properties
-    )
+    properties = st.builds(WillProperties, maybe() | u32, maybe() | st.integers(0, 1), user_property=user_properties)
     payload = st.binary(max_size=20)
     more = properties if version == V5 else st.just(WillProperties())
     return st.builds(Will, topics, payload, st.integers(0, 1), st.booleans(), more)
@@ -186,9 +180,7 @@ def test_random_bytes_never_raise_and_mean_the_same_in_any_split(
 @st.composite
 def damaged_traffic(draw: st.DrawFn) -> tuple[int, bytes]:
     version = draw(versions)
-    data = bytearray(
-        b"".join(encode(packet, version) for packet in draw(st.lists(packets(version), max_size=6)))
-    )
+    data = bytearray(b"".join(encode(packet, version) for packet in draw(st.lists(packets(version), max_size=6))))
     for _ in range(draw(st.integers(0, 3))):
         if data:
             at = draw(st.integers(0, len(data) - 1))
@@ -234,9 +226,7 @@ def test_every_packet_survives_the_round_trip(data: st.DataObject, version: int)
 
 @given(versions, st.integers(0, 255), st.binary(max_size=80))
 @settings(max_examples=500, deadline=None)
-def test_what_decodes_encodes_to_something_that_decodes_to_the_same(
-    version: int, first: int, body: bytes
-) -> None:
+def test_what_decodes_encodes_to_something_that_decodes_to_the_same(version: int, first: int, body: bytes) -> None:
     try:
         check_first_byte(first, version)
         packet = decode_body(first, body, version)

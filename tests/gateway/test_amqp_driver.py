@@ -90,9 +90,7 @@ async def serve(hub: Hub) -> tuple[asyncio.Server, int, list[AmqpProtocol]]:
     protocols: list[AmqpProtocol] = []
 
     def make() -> AmqpProtocol:
-        protocols.append(
-            AmqpProtocol(lambda transport: Engine(server=True, container="hub", idle_timeout_s=5), hub)
-        )
+        protocols.append(AmqpProtocol(lambda transport: Engine(server=True, container="hub", idle_timeout_s=5), hub))
         return protocols[-1]
 
     server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)

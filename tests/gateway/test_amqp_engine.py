@@ -90,9 +90,7 @@ class Pair:
 def test_open_tells_each_side_about_the_other() -> None:
     pair = Pair(
         Engine(server=False, container="loco", hostname="hub.example", properties={"product": "lineside"}),
-        Engine(
-            server=True, container="depot", offered_capabilities=["ANONYMOUS-RELAY", "x"], idle_timeout_s=20
-        ),
+        Engine(server=True, container="depot", offered_capabilities=["ANONYMOUS-RELAY", "x"], idle_timeout_s=20),
     )
     pair.open()
     [opened] = pair.events(pair.server, Opened)
@@ -203,9 +201,7 @@ def test_a_message_beyond_our_limit_detaches_the_link_and_no_other() -> None:
     pair.run()
     assert [event.condition for event in pair.events(pair.client, LinkClosed)] == [amqp.MESSAGE_SIZE_EXCEEDED]
     heard = pair.heard[pair.server]
-    assert [len(body) for event in heard if isinstance(event, Deliveries) for _, body in event.batch] == [
-        1000
-    ]
+    assert [len(body) for event in heard if isinstance(event, Deliveries) for _, body in event.batch] == [1000]
     assert [event.link for event in heard if isinstance(event, LinkClosed)] == [receiver]
     other = pair.client.sender(pair.client.session(), "other", Terminus("q"))
     pair.run()
@@ -230,9 +226,7 @@ def test_a_peer_that_sends_beyond_its_credit_loses_the_link() -> None:
     # proton itself keeps to the credit, so pretend that less was given.
     receiver._granted = 0
     pair.run()
-    assert [event.condition for event in pair.events(pair.client, LinkClosed)] == [
-        amqp.TRANSFER_LIMIT_EXCEEDED
-    ]
+    assert [event.condition for event in pair.events(pair.client, LinkClosed)] == [amqp.TRANSFER_LIMIT_EXCEEDED]
     assert pair.received() == []
 
 
@@ -375,9 +369,7 @@ def test_a_session_that_ends_takes_its_links_along_but_not_the_connection() -> N
     sender, receiver = pair.link_to_server()
     receiver.session.close()
     pair.run()
-    kinds = [
-        type(event) for event in pair.heard[pair.client] if isinstance(event, LinkClosed | SessionClosed)
-    ]
+    kinds = [type(event) for event in pair.heard[pair.client] if isinstance(event, LinkClosed | SessionClosed)]
     assert kinds == [LinkClosed, SessionClosed]
     assert not sender.alive
     assert not receiver.alive
@@ -515,9 +507,7 @@ def test_deep_nesting_in_properties_is_survived() -> None:
     value = b"\x45"
     while len(value) < 60_000:
         value = b"\xd0" + struct.pack(">II", len(value) + 4, 1) + value
-    fields = (
-        b"\xa1\x01x" + b"\x40" * 8 + b"\xd1" + struct.pack(">II", len(value) + 7, 2) + b"\xa3\x01k" + value
-    )
+    fields = b"\xa1\x01x" + b"\x40" * 8 + b"\xd1" + struct.pack(">II", len(value) + 7, 2) + b"\xa3\x01k" + value
     performative = b"\x00\x53\x10\xd0" + struct.pack(">II", len(fields) + 4, 10) + fields
     frame = struct.pack(">IBBH", len(performative) + 8, 2, 0, 0) + performative
     engine = Engine(server=True, container="x")
@@ -651,9 +641,7 @@ def test_bad_credentials_fail_both_engines_as_authentication() -> None:
 
 def test_garbage_behind_sasl_fails_with_an_event() -> None:
     client, server = SaslClient(["ANONYMOUS"]), SaslServer(["ANONYMOUS"])
-    pair = Pair(
-        Engine(server=False, container="loco", sasl=client), Engine(server=True, container="d", sasl=server)
-    )
+    pair = Pair(Engine(server=False, container="loco", sasl=client), Engine(server=True, container="d", sasl=server))
     pair.run()
     events = pair.server.receive(b"\xde\xad\xbe\xef" * 10, NOW)
     assert [type(event) for event in events] == [Failed]

@@ -61,9 +61,7 @@ def test_a_template_makes_what_proton_reads() -> None:
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 70_000])
 @pytest.mark.parametrize("duplicate", [None, "%dup%s"])
 @pytest.mark.parametrize("topic", ["t", "100%/x%b", "l" * 300])
-def test_a_template_survives_every_length_and_percent_sign(
-    size: int, duplicate: str | None, topic: str
-) -> None:
+def test_a_template_survives_every_length_and_percent_sign(size: int, duplicate: str | None, topic: str) -> None:
     template = Template("g" * 3, 1, "s", "a%c", topic, duplicate_property=duplicate)
     payload = bytes(range(256)) * (size // 256 + 1)
     ours = decode(template.encode(2**48 - 1, payload[:size]))
@@ -92,9 +90,7 @@ def test_user_properties_keep_order_and_repetition() -> None:
     read = decode(template.encode(1, b""))
     assert m.user_properties(read, without="dup") == pairs
     assert read.application_properties["b"] == "3"
-    plain = decode(
-        Template("g", 1, "s", "a", "t", user_properties=pairs[:2], duplicate_property="dup").encode(1, b"")
-    )
+    plain = decode(Template("g", 1, "s", "a", "t", user_properties=pairs[:2], duplicate_property="dup").encode(1, b""))
     assert m.user_properties(plain, without="dup") == pairs[:2]
 
 
@@ -271,9 +267,7 @@ def test_the_identity_does_not_depend_on_encoding_ttl_or_body() -> None:
     template = Template("g", 1, "s", "a", "t", 1000)
     body = template.encode(9, b"x")
     assert identity(body) == identity(patch_ttl(body, 5)) == identity(template.encode(9, b"other"))
-    assert identity(body) == identity(
-        made_by_proton(id="g:1:s:000000000009", annotations={"x": 1}, durable=True)
-    )
+    assert identity(body) == identity(made_by_proton(id="g:1:s:000000000009", annotations={"x": 1}, durable=True))
     assert identity(body) != identity(template.encode(10, b"x"))
 
 
@@ -309,9 +303,7 @@ def test_the_ttl_of_our_own_messages_is_patched_in_place() -> None:
 def test_the_ttl_of_any_other_message_is_patched_too() -> None:
     for before in (
         Template("g", 1, "s", "a", "t").encode(1, b"x"),
-        made_by_proton(
-            id=5, body="x", durable=True, priority=7, ttl=9, delivery_count=2, first_acquirer=True
-        ),
+        made_by_proton(id=5, body="x", durable=True, priority=7, ttl=9, delivery_count=2, first_acquirer=True),
         made_by_proton(id=5, body="x"),
         b"\x00\x53\x75\xa0\x01a",
         b"\x00\x53\x70\x45\x00\x53\x75\xa0\x01a",

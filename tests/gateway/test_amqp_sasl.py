@@ -34,9 +34,7 @@ def test_plain_with_the_right_password_gives_the_server_the_user(step_bytes: int
     assert client.identity == "alice"
 
 
-@pytest.mark.parametrize(
-    ("user", "password"), [("alice", "wrong"), ("bob", "wönder"), ("", ""), ("alice", "")]
-)
+@pytest.mark.parametrize(("user", "password"), [("alice", "wrong"), ("bob", "wönder"), ("", ""), ("alice", "")])
 def test_plain_with_wrong_credentials_fails_on_both_sides_as_authentication(user: str, password: str) -> None:
     client, server = SaslClient(["PLAIN"], user, password), SaslServer(["PLAIN"], knows_alice)
     talk(client, server)
@@ -59,11 +57,7 @@ def test_plain_may_not_act_for_somebody_else() -> None:
     server = SaslServer(["PLAIN"], lambda user, password: True)
     response = b"root\0alice\0x"
     init = (
-        b"\x00\x53\x41\xc0"
-        + bytes([9 + len(response), 2])
-        + b"\xa3\x05PLAIN\xa0"
-        + bytes([len(response)])
-        + response
+        b"\x00\x53\x41\xc0" + bytes([9 + len(response), 2]) + b"\xa3\x05PLAIN\xa0" + bytes([len(response)]) + response
     )
     server.feed(SASL_HEADER + (len(init) + 8).to_bytes(4, "big") + b"\x02\x01\x00\x00" + init)
     assert server.error is not None
@@ -125,9 +119,7 @@ def test_bytes_behind_the_exchange_come_out_as_rest() -> None:
     assert server.rest == AMQP_HEADER + b"\0\0"
 
 
-@pytest.mark.parametrize(
-    "junk", [b"GET / HTTP/1.1\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01", b"AMQP\x00\x00\x09\x01"]
-)
+@pytest.mark.parametrize("junk", [b"GET / HTTP/1.1\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01", b"AMQP\x00\x00\x09\x01"])
 def test_another_protocol_is_refused_and_told_ours(junk: bytes) -> None:
     server = SaslServer(["ANONYMOUS"])
     server.feed(junk)

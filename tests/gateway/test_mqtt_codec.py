@@ -65,9 +65,7 @@ EVERY_PACKET_V5: list[Packet] = [
         ConnackProperties(1, 2, 1, 0, 5, "id", 7, "why", USER, 0, 1, 0, 13, "info", "other", "M", b"d"),
     ),
     Connack(False, 0x97),
-    Publish(
-        "a/b", b"x" * 300, 1, True, True, 7, PublishProperties(1, 2, 3, "r", b"c", USER, (1, 268435455), "t")
-    ),
+    Publish("a/b", b"x" * 300, 1, True, True, 7, PublishProperties(1, 2, 3, "r", b"c", USER, (1, 268435455), "t")),
     Publish("", b"", properties=PublishProperties(topic_alias=9)),
     Puback(1),
     Puback(65535, 0x10),
@@ -149,26 +147,18 @@ def _reread(packet: Packet) -> object:
 
 
 # The oracle does not know that an AUTH of success may have no body at all (MQTT 5.0 §3.15.2.1).
-@pytest.mark.parametrize(
-    "packet", [each for each in EVERY_PACKET_V5 if each != Auth()], ids=lambda p: type(p).__name__
-)
+@pytest.mark.parametrize("packet", [each for each in EVERY_PACKET_V5 if each != Auth()], ids=lambda p: type(p).__name__)
 def test_an_independent_codec_reads_what_we_write_and_writes_what_we_read(packet: Packet) -> None:
     other = _reread(packet)
     again = decode(other.write(), V5)  # type: ignore[attr-defined]
     assert type(again) is type(packet)
     reread = _reread(again)
-    names = [
-        name
-        for name in dir(other)
-        if not name.startswith("_") and name not in ("write", "will", "topic_filters")
-    ]
+    names = [name for name in dir(other) if not name.startswith("_") and name not in ("write", "will", "topic_filters")]
     assert [getattr(other, name) for name in names] == [getattr(reread, name) for name in names]
 
 
 def test_an_independent_codec_sees_the_same_publish() -> None:
-    ours = Publish(
-        "a/b", b"\x00x", 1, True, True, 513, PublishProperties(1, 60, None, "r", b"c", USER, (), "t")
-    )
+    ours = Publish("a/b", b"\x00x", 1, True, True, 513, PublishProperties(1, 60, None, "r", b"c", USER, (), "t"))
     other = _reread(ours)
     theirs = mqtt5.PublishPacket(
         "a/b",
@@ -207,9 +197,7 @@ def test_an_independent_codec_sees_the_same_connect() -> None:
         keep_alive=30,
         session_expiry_interval=3600,
         receive_max=20,
-        will=mqtt5.Will(
-            "w/t", payload=b"gone", qos=mqtt5.QoS.AT_LEAST_ONCE, retain=True, will_delay_interval=5
-        ),
+        will=mqtt5.Will("w/t", payload=b"gone", qos=mqtt5.QoS.AT_LEAST_ONCE, retain=True, will_delay_interval=5),
     )
     ours = decode(theirs.write(), V5)
     assert isinstance(ours, Connect)
@@ -353,12 +341,8 @@ REFUSED: list[tuple[str, int, bytes, Reason]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("version", "data", "reason"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED]
-)
-def test_what_the_standard_forbids_is_refused_with_its_reason(
-    version: int, data: bytes, reason: Reason
-) -> None:
+@pytest.mark.parametrize(("version", "data", "reason"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED])
+def test_what_the_standard_forbids_is_refused_with_its_reason(version: int, data: bytes, reason: Reason) -> None:
     with pytest.raises(MqttError) as caught:
         decode(data, version)
     assert caught.value.reason is reason

@@ -46,9 +46,7 @@ def tls_domain(pki: Pki, certificate: Certificate | None) -> SSLDomain:
 
 
 @contextmanager
-def connected(
-    url: str, domain: SSLDomain | None = None, mechanisms: str = "ANONYMOUS"
-) -> Iterator[BlockingConnection]:
+def connected(url: str, domain: SSLDomain | None = None, mechanisms: str = "ANONYMOUS") -> Iterator[BlockingConnection]:
     connection = BlockingConnection(url, timeout=TIMEOUT_S, ssl_domain=domain, allowed_mechs=mechanisms)
     try:
         yield connection
@@ -85,9 +83,7 @@ def test_artemis_passes_a_message_and_tells_a_wrong_password(artemis: parts.Arte
 
 
 @needs_proton_tls
-def test_artemis_takes_a_client_certificate_over_tls_and_refuses_without(
-    artemis: parts.Artemis, pki: Pki
-) -> None:
+def test_artemis_takes_a_client_certificate_over_tls_and_refuses_without(artemis: parts.Artemis, pki: Pki) -> None:
     with connected(artemis.tls_url, tls_domain(pki, pki.client), "EXTERNAL") as connection:
         send(connection, "parts.tls", "hello")
         assert receive(connection, "parts.tls") == "hello"
@@ -131,9 +127,7 @@ def test_rabbitmq_passes_a_message(rabbitmq: parts.RabbitMQ) -> None:
 
 
 @needs_proton_tls
-def test_rabbitmq_takes_a_client_certificate_over_tls_and_refuses_without(
-    rabbitmq: parts.RabbitMQ, pki: Pki
-) -> None:
+def test_rabbitmq_takes_a_client_certificate_over_tls_and_refuses_without(rabbitmq: parts.RabbitMQ, pki: Pki) -> None:
     with connected(rabbitmq.tls_url, tls_domain(pki, pki.client), "EXTERNAL") as connection:
         send(connection, "/queue/parts.tls", "hello")
         assert receive(connection, "/queue/parts.tls") == "hello"

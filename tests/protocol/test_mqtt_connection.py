@@ -182,9 +182,7 @@ def test_a_refusal_is_said_in_the_words_of_the_version(reason: Reason) -> None:
     conn = ServerConnection(Limits())
     conn.receive(wire(V3, Connect(V3, "c")), 0.0)
     conn.refuse(reason, "no")
-    assert conn.data_to_send() == (
-        bytes((0x20, 2, 0, RETURN_CODE_3[reason])) if reason in RETURN_CODE_3 else b""
-    )
+    assert conn.data_to_send() == (bytes((0x20, 2, 0, RETURN_CODE_3[reason])) if reason in RETURN_CODE_3 else b"")
     assert conn.closing
     conn = ServerConnection(Limits())
     conn.receive(wire(V5, Connect(V5, "c")), 0.0)
@@ -227,9 +225,7 @@ def test_a_first_packet_that_is_no_connect_for_us_ends_it(data: bytes, answer: b
         (Connect(V5, "c" * 300), Limits(connect_max_bytes=200), 0x95),
     ],
 )
-def test_a_connect_that_asks_too_much_is_refused_with_the_reason(
-    connect: Connect, limits: Limits, reason: int
-) -> None:
+def test_a_connect_that_asks_too_much_is_refused_with_the_reason(connect: Connect, limits: Limits, reason: int) -> None:
     conn = ServerConnection(limits)
     assert failure(conn.receive(wire(V5, connect), 0.0)) == reason
     answers = sent(conn)
@@ -239,9 +235,7 @@ def test_a_connect_that_asks_too_much_is_refused_with_the_reason(
 
 def test_a_malformed_5_0_connect_is_answered_in_5_0() -> None:
     conn = ServerConnection(Limits())
-    assert (
-        failure(conn.receive(wire(V5, Connect(V5, "c"))[:-1].replace(b"\x10\x0e", b"\x10\x0d"), 0.0)) == 0x81
-    )
+    assert failure(conn.receive(wire(V5, Connect(V5, "c"))[:-1].replace(b"\x10\x0e", b"\x10\x0d"), 0.0)) == 0x81
     (connack,) = sent(conn)
     assert isinstance(connack, Connack)
     assert connack.reason == 0x81
@@ -299,9 +293,7 @@ def test_dup_retain_and_size_reach_the_owner(version: int) -> None:
         for qos, retain, dup in ((0, False, False), (0, True, False), (1, False, True), (1, True, True))
     ]
     got = messages(conn.receive(wire(version, *packets), 0.0))
-    assert got == [
-        (p.topic, p.qos, p.retain, p.dup, b"\x00\x07" if p.qos else b"", p.payload, None) for p in packets
-    ]
+    assert got == [(p.topic, p.qos, p.retain, p.dup, b"\x00\x07" if p.qos else b"", p.payload, None) for p in packets]
 
 
 def test_properties_reach_the_owner_and_aliases_do_not() -> None:
@@ -342,9 +334,7 @@ def test_properties_reach_the_owner_and_aliases_do_not() -> None:
         (Publish("a/#", b""), 0x90),
         (Publish("a", b"", properties=PublishProperties(subscription_identifier=(1,))), 0x82),
         (
-            Publish(
-                "a", b"", properties=PublishProperties(content_type="t" * 200, subscription_identifier=(1,))
-            ),
+            Publish("a", b"", properties=PublishProperties(content_type="t" * 200, subscription_identifier=(1,))),
             0x82,
         ),
         (Publish("a", b"", 2, packet_id=1), 0x9B),

@@ -1,0 +1,368 @@
+"""Hubs that lie, stall or break off at every stage: one clear error each, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.amqp.driver import AmqpProtocol
+from gateway.amqp.engine import Deliveries, Engine, Event, LinkAttached, Opened, Receiver
+from gateway.amqp.message import decode, encode
+from gateway.amqp.sasl import SaslServer
+from gateway.committer import Committer
+from gateway.config import loads
+from gateway.uplink.hub import HubLink
+from storeforward.journal import Journal
+from tests.pki import Pki
+
+WAIT_S = 10.0
+SASL = b"AMQP\x03\x01\x00\x00"
+MECHANISMS = bytes.fromhex("00000000 02010000 005340c00f01e00c01a309") + b"ANONYMOUS"
+MECHANISMS = len(MECHANISMS).to_bytes(4, "big") + MECHANISMS[4:]
+OUTCOME_OK = bytes.fromhex("0000001002010000005344c003015000")
+OUTCOME_AUTH = bytes.fromhex("0000001002010000005344c003015001")
+
+CONFIG = """
+[gateway]
+id = "loco"
+[[hub]]
+name = "depot"
+urls = ["{scheme}://127.0.0.1:{port}"]
+{extra}
+connect_timeout = "1s"
+sasl_timeout = "200ms"
+open_timeout = "200ms"
+attach_timeout = "200ms"
+settle_timeout = "300ms"
+retry_min = "10ms"
+retry_max = "20ms"
+[[outbound]]
+stream = "alarms"
+topics = ["alarm/#"]
+hub = "depot"
+address = "edge"
+"""
+
+
+class Hub:
+    """A hub in earnest; `settle` decides what becomes of each batch, `refuse` of each attach."""
+
+    def __init__(self) -> None:
+        self.got: list[str] = []
+        self.refuse = False
+        self.open = True
+        self.settle: Callable[[Receiver, list[int]], None] = lambda link, handles: link.accept(handles)
+
+    def protocol(self) -> AmqpProtocol:
+        return AmqpProtocol(
+            lambda transport: Engine(server=True, container="depot", sasl=SaslServer(["ANONYMOUS"])), self, self.ready
+        )
+
+    def ready(self, protocol: AmqpProtocol) -> None:
+        pass
+
+    def on_events(self, engine: Engine, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case Opened() if self.open:
+                    engine.open()
+                case LinkAttached(link, True):
+                    assert isinstance(link, Receiver)
+                    if self.refuse:
+                        link.refuse("amqp:not-found", "no such address")
+                    else:
+                        link.confirm()
+                        link.topup(100)
+                case Deliveries(receiver, batch):
+                    self.got += [decode(body).body.decode() for _, body in batch]
+                    self.settle(receiver, [handle for handle, _ in batch])
+                case _:
+                    pass
+
+    def on_lost(self, error: Exception | None) -> None:
+        pass
+
+
+class Script(asyncio.Protocol):
+    """Says its lines, one after each thing it hears, then hangs up or falls silent."""
+
+    def __init__(self, lines: list[bytes], hang_up: bool) -> None:
+        self.lines = list(lines)
+        self.hang_up = hang_up
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        if not self.lines and self.hang_up:
+            transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self.lines:
+            self.transport.write(self.lines.pop(0))
+        if not self.lines and self.hang_up:
+            self.transport.close()
+
+
+class Bench:
+    """A journal, its committer, one hub link, and a port where the listener can be changed."""
+
+    def __init__(self, path: Path, extra: str, scheme: str) -> None:
+        self.path, self.extra, self.scheme = path, extra, scheme
+        self.good = Hub()
+        self.factory: Callable[[], asyncio.BaseProtocol] = self.good.protocol
+        self.context: ssl.SSLContext | None = None
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.server = await loop.create_server(lambda: self.factory(), "127.0.0.1", 0, ssl=self.context)
+        port = self.server.sockets[0].getsockname()[1]
+        config = loads(CONFIG.format(port=port, extra=self.extra, scheme=self.scheme))
+        self.journal = Journal.open(self.path)
+        self.stream = self.journal.stream("alarms", "outbound")
+        self.cursor = self.journal.cursor(self.stream, "uplink", "uplink")
+        self.faults: list[Exception] = []
+        self.committer = Committer(self.journal, loop, lambda batch: self.link.committed(), self.faults.append)
+        self.link = HubLink(config.hubs[0], "loco", config.outbound, (), self.journal, self.committer.kick)
+
+    def put(self, *payloads: str) -> None:
+        for payload in payloads:
+            self.journal.append(self.stream, "alarm/x", lambda seq, body: encode(body), payload.encode())
+        self.committer.kick()
+
+    async def until(self, true: Callable[[], Any]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not true():  # noqa: ASYNC110 - what is waited for is the peer's state, which has no event
+                await asyncio.sleep(0.005)
+
+    async def error(self, text: str) -> None:
+        """Until the link's one error says this."""
+        try:
+            await self.until(lambda: text in (self.link.describe()["error"] or ""))
+        except TimeoutError:
+            raise AssertionError(f"expected {text!r}, found {self.link.describe()}") from None
+
+    async def drained(self, expected: str) -> None:
+        """The next good connection takes everything, in order."""
+        self.factory = self.good.protocol
+        self.link.network_changed()
+        await self.until(lambda: self.cursor.durable > len(expected))
+        assert "".join(dict.fromkeys(self.good.got)) == expected
+        assert not self.faults
+        assert self.journal.loss_count == self.journal.dead_count == 0
+
+
+@asynccontextmanager
+async def bench_at(path: Path, extra: str = "", scheme: str = "amqp", context: ssl.SSLContext | None = None) -> Any:
+    bench = Bench(path, extra, scheme)
+    bench.context = context
+    await bench.start()
+    try:
+        yield bench
+    finally:
+        bench.link.stop()
+        bench.server.close()
+        await asyncio.sleep(0)
+        await bench.committer.drain()
+        bench.committer.stop()
+        bench.journal.close()
+
+
+def run(work: Awaitable[None]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(2 * WAIT_S):
+            await work
+
+    asyncio.run(limited())
+
+
+OPEN_STAGES = {
+    "after TCP": [],
+    "after the SASL header": [SASL],
+    "after the mechanisms": [SASL + MECHANISMS],
+    "after the outcome": [SASL + MECHANISMS, OUTCOME_OK],
+}
+
+
+@pytest.mark.parametrize("lines", OPEN_STAGES.values(), ids=OPEN_STAGES)
+@pytest.mark.parametrize("hang_up", [True, False], ids=["hangs up", "falls silent"])
+def test_a_hub_that_ends_or_stalls_the_handshake(tmp_path: Path, lines: list[bytes], hang_up: bool) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            bench.factory = lambda: Script(lines, hang_up)
+            bench.put(*"abc")
+            bench.link.start()
+            await bench.error("the hub ended the connection" if hang_up else "no answer within")
+            await bench.drained("abc")
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00" * 64, SASL + b"\xff" * 64, SASL + MECHANISMS + b"\x00\x00\x00\x01"],
+    ids=["http", "zeros", "a bad frame", "a short frame"],
+)
+def test_garbage_is_one_error_and_costs_nothing(tmp_path: Path, garbage: bytes) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            bench.factory = lambda: Script([garbage], False)
+            bench.put(*"abc")
+            bench.link.start()
+            await bench.error("amqp:")
+            await bench.drained("abc")
+
+    run(story())
+
+
+def test_refused_credentials_say_so_and_are_retried_slowly(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            bench.factory = lambda: Script([SASL + MECHANISMS, OUTCOME_AUTH], False)
+            bench.put("a")
+            bench.link.start()
+            await bench.until(lambda: bench.link.describe()["state"] == "backoff")
+            told = bench.link.describe()
+            assert "unauthorized" in told["error"] or "auth" in told["error"].lower(), told
+            assert told["retry_in_s"] > 4, "much slower than the 20 ms of other failures"
+            await bench.drained("a")
+
+    run(story())
+
+
+def test_a_hub_that_never_settles_is_as_dead_as_a_silent_one(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            bad = Hub()
+            bad.settle = lambda link, handles: None
+            bench.factory = bad.protocol
+            bench.put(*"abc")
+            bench.link.start()
+            await bench.until(lambda: len(bad.got) > 3)  # it was given up, and tried again
+            bench.factory = lambda: Script([], True)
+            await bench.until(lambda: bench.link.describe()["state"] != "up")
+            assert bench.cursor.position == 1
+            await bench.drained("abc")
+
+    run(story())
+
+
+def test_a_hub_that_never_settles_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            bad = Hub()
+            bad.settle = lambda link, handles: None
+            bench.factory = bad.protocol
+            bench.put("a")
+            bench.link.start()
+            named = lambda: [r for r in caplog.records if "nothing settled" in str(getattr(r, "error", ""))]
+            await bench.until(named)
+            await bench.drained("a")
+
+    with caplog.at_level(logging.WARNING, "lineside.uplink"):
+        run(story())
+
+
+def test_settling_out_of_order_moves_the_cursor_only_without_gaps(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            kept: list[tuple[Receiver, int]] = []
+
+            def later_first(link: Receiver, handles: list[int]) -> None:
+                kept.extend((link, handle) for handle in handles)
+                while len(kept) > 1:
+                    last_link, handle = kept.pop()
+                    last_link.accept([handle])
+
+            bench.good.settle = later_first
+            bench.put(*"abcd")
+            bench.link.start()
+            await bench.until(lambda: len(bench.good.got) == 4)
+            await asyncio.sleep(0.05)
+            assert bench.cursor.position == 1
+            bench.good.settle = lambda link, handles: link.accept(handles)
+            await bench.drained("abcd")
+
+    run(story())
+
+
+def test_a_refused_attach_is_named_with_its_address_and_tried_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            bench.good.refuse = True
+            bench.put(*"abc")
+            bench.link.start()
+            await bench.error("edge: amqp:not-found: no such address")
+            assert bench.link.describe()["state"] == "up", "other links of this hub go on"
+            bench.good.refuse = False
+            await bench.drained("abc")
+
+    run(story())
+
+
+@pytest.mark.parametrize("stage", ["open", "attach"])
+def test_a_hub_that_hangs_up_after_open_or_attach(tmp_path: Path, stage: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Rude(Hub):
+        def __init__(self) -> None:
+            super().__init__()
+            self.live: list[AmqpProtocol] = []
+
+        def ready(self, protocol: AmqpProtocol) -> None:
+            self.live.append(protocol)
+
+        def on_events(self, engine: Engine, events: list[Event]) -> None:
+            super().on_events(engine, events)
+            wanted = Opened if stage == "open" else LinkAttached
+            if any(isinstance(event, wanted) for event in events):
+                asyncio.get_running_loop().call_later(0.02, self.live[-1].abort)
+
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            rude = Rude()
+            rude.settle = lambda link, handles: None
+            bench.factory = rude.protocol
+            bench.put(*"abc")
+            bench.link.start()
+            await bench.until(lambda: any(r.message == "hub link lost" for r in caplog.records))
+            await bench.drained("abc")
+
+    with caplog.at_level(logging.WARNING, "lineside.uplink"):
+        run(story())
+
+
+def test_a_certificate_of_somebody_else_is_named_and_nothing_is_sent(tmp_path: Path, pki: Pki, other_pki: Pki) -> None:
+    wrong = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    wrong.load_cert_chain(other_pki.server.cert, other_pki.server.key)
+
+    async def story() -> None:
+        async with bench_at(tmp_path, f'ca = "{pki.ca}"', "amqps", wrong) as bench:
+            bench.put("a")
+            bench.link.start()
+            await bench.error("the hub's certificate")
+            assert bench.good.got == []
+            wrong.load_cert_chain(pki.server.cert, pki.server.key)
+            await bench.drained("a")
+
+    run(story())
+
+
+def test_the_first_message_after_a_quiet_hour_does_not_make_the_line_a_silent_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            # What the kernel says between sending after a pause and the acknowledgement, one round trip later.
+            monkeypatch.setattr("gateway.uplink.hub.silent_ms", lambda sock: 3_600_000)
+            bench.put("a")
+            bench.link.start()
+            await bench.drained("a")
+            await asyncio.sleep(0.6)  # two looks of the watch
+            assert bench.link.describe()["state"] == "up"
+
+    run(story())

@@ -1,0 +1,321 @@
+"""The whole daemon on a loop, met by raw MQTT sockets: bad clients, full streams, takeovers, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.app import App
+from gateway.config import load
+from gateway.mqtt import codec
+from gateway.mqtt.codec import (
+    V3,
+    V5,
+    Connack,
+    Connect,
+    ConnectProperties,
+    Disconnect,
+    Packet,
+    Pingreq,
+    Pingresp,
+    Puback,
+    Publish,
+    Reason,
+    Suback,
+    Subscribe,
+    Subscription,
+)
+from gateway.notify import Notifier
+
+WAIT_S = 10.0
+CONFIG = """
+[gateway]
+id = "loco"
+state_dir = "{state}"
+[mqtt]
+listen = ["127.0.0.1:{port}"]
+packet_max = "4KiB"
+[[hub]]
+name = "depot"
+urls = ["amqp://127.0.0.1:1"]
+[[outbound]]
+stream = "tele"
+topics = ["train/#"]
+hub = "depot"
+address = "edge"
+max_messages = 3
+"""
+
+
+class Peer:
+    """A client that says exactly what it is told to, and knows packets only by their bytes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, version: int) -> None:
+        self.reader, self.writer, self.version = reader, writer, version
+
+    def say(self, packet: Packet) -> None:
+        self.writer.write(codec.encode(packet, self.version))
+
+    async def hear(self) -> Packet | None:
+        """The next packet, None at the end of the connection."""
+        async with asyncio.timeout(WAIT_S):
+            try:
+                head = await self.reader.readexactly(2)
+                while head[-1] & 0x80:
+                    head += await self.reader.readexactly(1)
+                length = sum((byte & 0x7F) << 7 * n for n, byte in enumerate(head[1:]))
+                return codec.decode(head + await self.reader.readexactly(length), self.version)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return None
+
+    async def silent(self, for_s: float) -> bool:
+        """Whether nothing at all comes for a while: a negative that only time can show."""
+        try:
+            async with asyncio.timeout(for_s):
+                await self.reader.read(1)
+        except TimeoutError:
+            return True
+        return False
+
+    def publish(self, packet_id: int, payload: str, topic: str = "app/x") -> None:
+        self.say(Publish(topic, payload.encode(), 1, False, False, packet_id))
+
+    async def acknowledged(self, packet_id: int) -> int:
+        packet = await self.hear()
+        assert isinstance(packet, Puback), packet
+        assert packet.packet_id == packet_id
+        return packet.reason
+
+
+class Bench:
+    def __init__(self, path: Path) -> None:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            self.port = sock.getsockname()[1]
+        self.config = path / "lineside.toml"
+        self.config.write_text(CONFIG.format(state=path / "state", port=self.port))
+
+    async def start(self) -> None:
+        self.app = App(self.config, load(self.config), Notifier(None))
+        await self.app.start()
+
+    async def stop(self) -> None:
+        self.app._stop.set()
+        assert await self.app.run() == 0
+
+    async def raw(self, version: int = V5) -> Peer:
+        return Peer(*await asyncio.open_connection("127.0.0.1", self.port), version)
+
+    async def connect(
+        self, name: str, version: int = V5, clean: bool = True, keep_alive_s: int = 0, expiry_s: int | None = None
+    ) -> tuple[Peer, Connack]:
+        peer = await self.raw(version)
+        properties = ConnectProperties(session_expiry_interval=expiry_s)
+        peer.say(Connect(version, name, clean, keep_alive_s, properties=properties))
+        answer = await peer.hear()
+        assert isinstance(answer, Connack)
+        assert answer.reason == 0
+        return peer, answer
+
+
+def play(tmp_path: Path, story: Callable[[Bench], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        bench = Bench(tmp_path)
+        await bench.start()
+        try:
+            async with asyncio.timeout(2 * WAIT_S):
+                await story(bench)
+        finally:
+            await bench.stop()
+
+    asyncio.run(limited())
+
+
+BAD = {
+    "garbage": (b"\xff\xff\xff\xff\xff", {Reason.MALFORMED_PACKET, Reason.PROTOCOL_ERROR}),
+    "a reserved packet type": (b"\x00\x00", {Reason.MALFORMED_PACKET, Reason.PROTOCOL_ERROR}),
+    "a packet shorter than its topic": (b"\x32\x03\x00\xff\x61", {Reason.MALFORMED_PACKET}),
+    "a packet larger than the limit": (b"\x32\xff\xff\x7f" + bytes(64), {Reason.PACKET_TOO_LARGE}),
+}
+
+
+@pytest.mark.parametrize(("data", "reasons"), BAD.values(), ids=BAD)
+def test_a_bad_packet_closes_its_own_client_with_the_reason_and_no_other(
+    tmp_path: Path, data: bytes, reasons: set[int]
+) -> None:
+    async def story(bench: Bench) -> None:
+        good, _ = await bench.connect("good")
+        bad, _ = await bench.connect("bad")
+        good.publish(1, "before")
+        bad.writer.write(data)
+        end = await bad.hear()
+        assert isinstance(end, Disconnect), end
+        assert end.reason in reasons
+        assert await bad.hear() is None
+        assert await good.acknowledged(1) in (0, Reason.NO_MATCHING_SUBSCRIBERS)
+        good.publish(2, "after")
+        assert await good.acknowledged(2) in (0, Reason.NO_MATCHING_SUBSCRIBERS)
+
+    play(tmp_path, story)
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_packet_hurts_nobody(tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        good, _ = await bench.connect("good")
+        bad, _ = await bench.connect("bad")
+        bad.writer.write(codec.encode(Publish("train/x", b"x" * 100, 1, False, False, 1), V5)[:50])
+        await bad.writer.drain()
+        bad.writer.transport.abort()
+        good.publish(1, "a", "train/x")
+        assert await good.acknowledged(1) == 0
+        assert bench.app.journal.streams["tele"].rows == 1, "no half message"
+
+    play(tmp_path, story)
+
+
+def test_what_does_not_begin_with_connect_is_closed(tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        peer = await bench.raw()
+        peer.say(Pingreq())
+        assert not isinstance(await peer.hear(), Pingresp)
+        assert await peer.reader.read() == b""
+
+    play(tmp_path, story)
+
+
+def test_the_same_client_identifier_takes_over_and_the_first_is_told(tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        first, _ = await bench.connect("app", clean=False, expiry_s=100)
+        second, answer = await bench.connect("app", clean=False, expiry_s=100)
+        assert answer.session_present
+        end = await first.hear()
+        assert isinstance(end, Disconnect)
+        assert end.reason == Reason.SESSION_TAKEN_OVER
+        assert await first.hear() is None
+        second.say(Pingreq())
+        assert isinstance(await second.hear(), Pingresp)
+
+    play(tmp_path, story)
+
+
+def test_a_client_silent_for_one_and_a_half_keep_alives_is_closed(tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        peer, _ = await bench.connect("app", keep_alive_s=1)
+        begin = asyncio.get_running_loop().time()
+        end = await peer.hear()
+        assert isinstance(end, Disconnect)
+        assert end.reason == Reason.KEEP_ALIVE_TIMEOUT
+        assert 1.4 <= asyncio.get_running_loop().time() - begin <= 2.5
+
+    play(tmp_path, story)
+
+
+async def subscribe(peer: Peer, filter_: str) -> None:
+    peer.say(Subscribe(1, (Subscription(filter_, 1),)))
+    assert isinstance(await peer.hear(), Suback)
+
+
+@pytest.mark.parametrize("version", [V3, V5], ids=["3.1.1", "5.0"])
+def test_a_durable_session_outlives_a_restart_and_gets_the_rest_in_order(tmp_path: Path, version: int) -> None:
+    async def story(bench: Bench) -> None:
+        app, _ = await bench.connect("app", version, clean=False, expiry_s=1000)
+        await subscribe(app, "app/#")
+        source, _ = await bench.connect("source")
+        for n in range(1, 5):
+            source.publish(n, str(n))
+            await source.acknowledged(n)
+        got = [await app.hear() for _ in range(4)]
+        assert [(p.payload, p.dup) for p in got if isinstance(p, Publish)] == [
+            (b"1", False),
+            (b"2", False),
+            (b"3", False),
+            (b"4", False),
+        ]
+        assert isinstance(got[0], Publish)
+        app.say(Puback(got[0].packet_id))
+        app.say(Pingreq())
+        assert isinstance(await app.hear(), Pingresp)
+
+        app.writer.transport.abort()
+        app, answer = await bench.connect("app", version, clean=False, expiry_s=1000)
+        assert answer.session_present
+        again = [await app.hear() for _ in range(3)]
+        assert [(p.payload, p.dup) for p in again if isinstance(p, Publish)] == [
+            (b"2", True),
+            (b"3", True),
+            (b"4", True),
+        ]
+
+        await bench.stop()
+        await bench.start()
+        app, answer = await bench.connect("app", version, clean=False, expiry_s=1000)
+        assert answer.session_present
+        rest = [await app.hear() for _ in range(3)]
+        assert [p.payload for p in rest if isinstance(p, Publish)] == [b"2", b"3", b"4"]
+
+    play(tmp_path, story)
+
+
+def test_on_5_0_a_full_stream_is_refused_with_quota_exceeded_in_turn(tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        peer, _ = await bench.connect("app")
+        for n in range(1, 6):
+            peer.publish(n, str(n), "train/x")
+        reasons = [await peer.acknowledged(n) for n in range(1, 6)]
+        assert reasons == [0, 0, 0, Reason.QUOTA_EXCEEDED, Reason.QUOTA_EXCEEDED]
+        assert bench.app.journal.streams["tele"].rows == 3
+
+    play(tmp_path, story)
+
+
+def test_on_3_1_1_a_full_stream_holds_the_client_and_goes_on_once_drained(tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        peer, _ = await bench.connect("app", V3)
+        other, _ = await bench.connect("other", V3)
+        for n in range(1, 6):
+            peer.publish(n, str(n), "train/x")
+        for n in range(1, 4):
+            assert await peer.acknowledged(n) == 0
+        assert await peer.silent(0.3)
+        other.publish(9, "elsewhere")
+        await other.acknowledged(9)
+        journal = bench.app.journal
+        stream = journal.streams["tele"]
+        journal.advance(stream, stream.cursors["uplink"], 4)  # as if the hub had taken them
+        bench.app.committer.kick()
+        assert await peer.acknowledged(4) == 0
+        assert await peer.acknowledged(5) == 0
+        assert [row.topic for row in journal.read(stream, 4, 9)] == ["train/x", "train/x"]
+
+    play(tmp_path, story)
+
+
+def test_no_puback_leaves_before_its_commit_is_back(tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        peer, _ = await bench.connect("app")
+        journal = bench.app.journal
+        await bench.app.committer.drain()
+        commit = journal.commit
+        begun, go = threading.Event(), threading.Event()
+
+        def slow() -> None:
+            begun.set()
+            assert go.wait(WAIT_S)
+            commit()
+
+        journal.commit = slow  # type: ignore[method-assign]
+        peer.publish(1, "a", "train/x")
+        await asyncio.to_thread(begun.wait, WAIT_S)
+        peer.say(Pingreq())
+        answer: Any = await peer.hear()
+        assert isinstance(answer, Pingresp), "the loop lives while the disk syncs, and has not acknowledged"
+        go.set()
+        assert await peer.acknowledged(1) == 0
+
+    play(tmp_path, story)

@@ -1,0 +1,292 @@
+"""A stream's way out as a trace: what the hub answers, and what is sent, kept or buried because of it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.amqp.message import decode, encode
+from gateway.uplink.drain import RESEND_S_MAX, RESEND_S_MIN, Drain
+from storeforward.journal import Journal
+from storeforward.streams import Cursor, Stream
+from tests.wire import NOW, Wire
+
+
+class Bench:
+    """A journal with one outbound stream, its drain, and a hub at the other end of the wire."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.boottime_s = 1000.0
+        self.wire = Wire()
+        self.open()
+
+    def open(self) -> None:
+        self.journal = Journal.open(self.path, clock=lambda: self.boottime_s)
+        self.stream: Stream = self.journal.stream("alarms", "outbound")
+        self.cursor: Cursor = self.journal.cursor(self.stream, "uplink", "uplink")
+
+    def attach(self, credit: int = 100, window: int = 100, max_message_bytes: int = 0) -> Bench:
+        self.wire.attach(credit, max_message_bytes)
+        self.drain = Drain(self.journal, self.stream, self.cursor, window)
+        self.drain.attached(self.wire.sender, NOW)
+        return self
+
+    def put(self, *payloads: str, expires_in_s: float | None = None) -> None:
+        expires = None if expires_in_s is None else self.journal.age_us() + int(expires_in_s * 1e6)
+        ttl_ms = None if expires_in_s is None else int(expires_in_s * 1000)
+        for payload in payloads:
+            self.journal.append(
+                self.stream, "a/b", lambda seq, body: encode(body, ttl_ms=ttl_ms), payload.encode(), expires
+            )
+        self.journal.commit_now()
+
+    def wake(self, now: float = NOW) -> list[tuple[int, str]]:
+        """Let the drain act; (handle, payload) of what the hub got."""
+        self.wire.run()
+        self.drain.wake(now)
+        return [(handle, decode(body).body.decode()) for handle, body in self.wire.take()]
+
+    def sent(self, now: float = NOW) -> str:
+        return "".join(payload for _, payload in self.wake(now))
+
+    def accept(self, *handles: int) -> None:
+        self.wire.receiver.accept(handles)
+
+    def rows(self, table: str, columns: str) -> list[tuple[object, ...]]:
+        if self.journal.pending:
+            self.journal.commit_now()
+        return self.journal.query(f"SELECT {columns} FROM {table} ORDER BY id")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.journal.close()
+
+
+def test_the_cursor_moves_only_over_what_is_accepted_without_a_gap(bench: Bench) -> None:
+    bench.attach().put(*"abcd")
+    (a, _), (b, _), (c, _), (d, _) = bench.wake()
+    bench.accept(b, d)
+    bench.wake()
+    assert bench.cursor.position == 1
+    bench.accept(a)
+    bench.wake()
+    assert bench.cursor.position == 3
+    bench.accept(c)
+    bench.wake()
+    assert bench.cursor.position == 5
+    assert bench.cursor.durable == 1, "not on disk before the commit"
+    bench.journal.commit_now()
+    assert bench.cursor.durable == 5
+
+
+def test_after_a_release_the_window_empties_and_what_was_not_accepted_goes_again_in_order(bench: Bench) -> None:
+    bench.attach().put(*"abcdef")
+    (a, _), (b, _), (c, _), (d, _), (e, _), (f, _) = bench.wake()
+    bench.accept(a)
+    bench.wire.receiver.release(b)
+    assert bench.sent(NOW + 1) == ""
+    bench.put("g")
+    assert bench.sent(NOW + 1) == "", "nothing new while the window empties"
+    bench.accept(c)
+    bench.wire.receiver.modify(d)
+    bench.accept(e)
+    assert bench.sent(NOW + 1) == ""
+    assert bench.cursor.position == 2
+    bench.accept(f)
+    assert bench.sent(NOW) == "", "not before the delay is over"
+    again = bench.wake(NOW + 60)
+    assert "".join(payload for _, payload in again) == "bdg"
+    bench.accept(*(handle for handle, _ in again))
+    bench.wake(NOW + 61)
+    assert bench.cursor.position == 8
+
+
+def test_what_was_accepted_behind_a_release_is_not_sent_again_however_often_it_is_released(bench: Bench) -> None:
+    bench.attach().put(*"ab")
+    (a, _), (b, _) = bench.wake()
+    bench.wire.receiver.release(a)
+    bench.accept(b)
+    now = NOW
+    for _ in range(4):
+        bench.wake(now)
+        now += 60
+        [(handle, payload)] = bench.wake(now)
+        assert payload == "a"
+        bench.wire.receiver.release(handle)
+    bench.wake(now)
+    bench.wire.attach()
+    bench.drain.attached(bench.wire.sender, now)
+    assert bench.sent(now) == "a"
+
+
+def test_the_delay_between_resends_doubles_within_its_bounds(bench: Bench) -> None:
+    bench.attach().put("a")
+    now, delays = NOW, []
+    for _ in range(8):
+        [(handle, _)] = bench.wake(now)
+        bench.wire.receiver.release(handle)
+        bench.wake(now)
+        due = bench.drain.resend_at()
+        assert due is not None
+        delays.append(due - now)
+        now = due
+    assert delays[0] == pytest.approx(RESEND_S_MIN)
+    assert delays[1] == pytest.approx(2 * RESEND_S_MIN)
+    assert delays[-1] == pytest.approx(RESEND_S_MAX)
+
+
+def test_a_rejected_message_is_dead_lettered_with_its_condition_and_the_rest_goes_on(bench: Bench) -> None:
+    bench.attach().put(*"abc")
+    (a, _), (b, _), (c, _) = bench.wake()
+    bench.accept(a)
+    bench.wire.receiver.reject(b, "amqp:not-allowed", "no")
+    bench.accept(c)
+    bench.wake()
+    assert bench.cursor.position == 4
+    [(seq, condition, description, body)] = bench.rows("dead", "seq, condition, description, body")
+    assert (seq, condition, description) == (2, "amqp:not-allowed", "no")
+    assert isinstance(body, bytes)
+    assert decode(body).body == b"b"
+    assert bench.rows("loss", "stream, seq, reason") == [("alarms", 2, "dead-letter")]
+
+
+def test_a_rejection_behind_a_release_is_not_sent_again(bench: Bench) -> None:
+    bench.attach().put(*"abc")
+    (a, _), (b, _), (c, _) = bench.wake()
+    bench.wire.receiver.release(a)
+    bench.wire.receiver.reject(b, "amqp:not-allowed")
+    bench.accept(c)
+    bench.wake()
+    assert bench.sent(NOW + 60) == "a"
+    assert bench.rows("dead", "seq") == [(2,)]
+
+
+def test_a_message_larger_than_the_peer_takes_is_dead_lettered_unsent(bench: Bench) -> None:
+    bench.attach(max_message_bytes=500).put("a", "x" * 600, "c")
+    assert bench.sent() == "ac"
+    assert bench.rows("dead", "seq, condition") == [(2, "amqp:link:message-size-exceeded")]
+
+
+def test_a_message_expires_on_the_age_clock_and_leaves_a_ledger_row(bench: Bench) -> None:
+    bench.attach()
+    bench.put("a", expires_in_s=10)
+    bench.put("b", expires_in_s=100)
+    bench.boottime_s += 11
+    got = bench.wake()
+    assert [payload for _, payload in got] == ["b"]
+    assert bench.rows("loss", "seq, reason") == [(1, "expired")]
+
+
+def test_the_ttl_that_goes_out_is_what_is_left_of_it(bench: Bench) -> None:
+    bench.attach()
+    bench.put("a", expires_in_s=100)
+    bench.boottime_s += 40
+    bench.drain.wake(NOW)
+    [(_, body)] = bench.wire.take()
+    assert decode(body).ttl_ms == pytest.approx(60_000, abs=2)
+
+
+def test_nothing_is_sent_beyond_credit_and_new_credit_is_used_in_order(bench: Bench) -> None:
+    bench.attach(credit=2).put(*"abcde")
+    first = bench.wake()
+    assert "".join(p for _, p in first) == "ab"
+    assert bench.sent() == ""
+    bench.accept(*(handle for handle, _ in first))
+    bench.wire.run()
+    bench.drain.wake(NOW)
+    bench.wire.receiver.topup(3)
+    assert bench.sent() == "cde"
+
+
+def test_the_window_counts_what_is_settled_but_not_yet_durably_so(bench: Bench) -> None:
+    bench.attach(window=3).put(*"abcdefg")
+    got = bench.wake()
+    assert "".join(p for _, p in got) == "abc"
+    bench.accept(*(handle for handle, _ in got))
+    assert bench.sent() == "", "a crash now would send a, b and c again: the window is full of them"
+    bench.journal.commit_now()
+    assert bench.sent() == "def"
+
+
+def test_a_crash_between_settling_and_the_durable_cursor_repeats_no_more_than_the_window(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench.attach(window=3).put(*"abcdefg")
+    got = bench.wake()
+    bench.accept(*(handle for handle, _ in got))
+    bench.wake()
+    bench.journal._lock.release()  # as the kernel does when the process dies: what was pending is gone
+    bench.journal._w.close()
+    bench.open()
+    bench.attach(window=3)
+    assert bench.sent() == "abc"
+
+
+def test_a_lost_connection_sends_the_unsettled_again_under_the_same_bytes(bench: Bench) -> None:
+    bench.attach().put(*"abc")
+    bench.drain.wake(NOW)
+    before = bench.wire.take()
+    bench.accept(before[0][0])
+    bench.wake()
+    bench.drain.detached()
+    assert bench.drain.wake(NOW) is False
+    bench.wire.attach()
+    bench.drain.attached(bench.wire.sender, NOW)
+    bench.drain.wake(NOW)
+    assert [body for _, body in bench.wire.take()] == [body for _, body in before[1:]]
+
+
+def test_a_paused_drain_takes_answers_but_sends_nothing(bench: Bench) -> None:
+    bench.attach().put("a")
+    [(a, _)] = bench.wake()
+    bench.drain.paused = True
+    bench.put("b")
+    bench.accept(a)
+    assert bench.sent() == ""
+    assert (bench.cursor.position, bench.drain.in_flight) == (2, 0)
+
+
+def test_a_peer_that_owes_an_answer_is_seen_and_one_that_owes_none_is_not(bench: Bench) -> None:
+    bench.attach()
+    assert bench.drain.stalled_since() is None
+    bench.put("a")
+    [(a, _)] = bench.wake(NOW + 500)
+    assert bench.drain.stalled_since() == NOW + 500, "idle time is not the peer's fault"
+    bench.accept(a)
+    bench.wake(NOW + 501)
+    assert bench.drain.stalled_since() is None
+
+
+def test_a_corrupt_row_costs_itself_only_also_when_there_is_room_for_one(bench: Bench) -> None:
+    bench.put(*"abc")
+    bench.journal.close()
+    database = sqlite3.connect(bench.path / "journal.db")
+    database.execute("UPDATE message SET body = ? WHERE id & 0xffff = 1", (b"spoilt",))
+    database.commit()
+    database.close()
+    bench.open()
+    bench.attach(credit=1)
+    assert bench.sent() == "b"
+    assert bench.rows("loss", "seq, reason") == [(1, "corrupt")]
+
+
+def test_what_was_buried_or_expired_behind_a_release_is_entered_once_only(bench: Bench) -> None:
+    bench.attach(max_message_bytes=500)
+    bench.put("a", "x" * 600)
+    bench.put("b", expires_in_s=1)
+    bench.put("c")
+    bench.boottime_s += 2
+    (a, _), (c, _) = bench.wake()
+    bench.wire.receiver.release(a)
+    bench.accept(c)
+    bench.wake()
+    assert bench.sent(NOW + 60) == "a"
+    assert bench.rows("loss", "seq, reason") == [(2, "dead-letter"), (3, "expired")]
+    assert bench.rows("dead", "seq") == [(2,)]
