@@ -202,6 +202,7 @@ class Demo:
             for app in (far, near):
                 if not await asyncio.to_thread(app.subscribed.wait, 10):
                     raise LinesideError("an app could not subscribe within 10 s")
+            await self._attached()
             await self._drive(link, train, centre)
         finally:
             for app in (near, far):
@@ -238,6 +239,16 @@ class Demo:
                 return
             await asyncio.sleep(TICK_S)
         raise LinesideError(f"the {name} did not start within {START_S_MAX:g} s")
+
+    async def _attached(self) -> None:
+        """Until the gateway has its two links at the hub: before that nobody there reads what is sent to it."""
+        end = time.monotonic() + START_S_MAX
+        while time.monotonic() < end:
+            reply = await asyncio.to_thread(request, self._directory / "hub", "clients")
+            if any(c["client"] == GATEWAY and c["links"] == 2 for c in reply["clients"]):
+                return
+            await asyncio.sleep(TICK_S)
+        raise LinesideError(f"the gateway did not attach to the hub within {START_S_MAX:g} s")
 
     # ------------------------------------------------------------------ the journey
 

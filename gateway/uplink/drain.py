@@ -69,7 +69,8 @@ class Drain:
     def wake(self, now: float) -> bool:
         """Take answers, move the cursor, send what there is room for. True when the peer settled something."""
         link = self._link
-        if link is None:
+        # A link that is gone has forgotten its window: the cursor must not take that for "all settled".
+        if link is None or not link.alive:
             return False
         moved = False
         for outcome in link.take_outcomes():
