@@ -216,25 +216,30 @@ class Client(asyncio.Protocol):
     def _append(self, messages: list[Published]) -> int:
         """Stage messages; return how many were dealt with, which is fewer only where the rest has to be held."""
         journal = self._journal
-        router = self._broker.router
-        append, route_of = journal.append, router.route
+        route_of = self._broker.router.route
         packet_ids: list[bytes] = []
-        count = 0
         age_us: int | None = None
-        last_topic: str | None = None
-        last_qos = -1
-        for topic, qos, _retain, _dup, packet_id, payload, properties in messages:
-            if topic is not last_topic or qos != last_qos:  # the usual case: a run of one topic
-                route = route_of(topic, qos)
-                last_topic, last_qos = topic, qos
+        at, count = 0, len(messages)
+        while at < count:
+            topic, qos, _, _, packet_id, payload, properties = messages[at]
+            route = route_of(topic, qos)
             try:
-                if route.wanted:
-                    if properties is None and route.ttl_us is None:
-                        append(route.stream, topic, route.encode, payload)
-                    else:
-                        if age_us is None:
-                            age_us = journal.age_us()
-                        self._append_with(route, qos, payload, properties, age_us)
+                if not route.wanted:
+                    pass
+                elif properties is None and route.ttl_us is None:
+                    run = _run_of(messages, at)
+                    if len(run) > 1:
+                        done = journal.append_run(route.stream, topic, route.encode, [m[5] for m in run])
+                        if qos:
+                            packet_ids += [m[4] for m in run[:done]]
+                        at += done
+                        if done:
+                            continue
+                    journal.append(route.stream, topic, route.encode, payload)
+                else:
+                    if age_us is None:
+                        age_us = journal.age_us()
+                    self._append_with(route, qos, payload, properties, age_us)
             except JournalFull as error:
                 if not self._full(error, packet_ids, packet_id):
                     break
@@ -242,11 +247,11 @@ class Client(asyncio.Protocol):
             else:
                 if qos:
                     packet_ids.append(packet_id)
-            count += 1
+            at += 1
         if packet_ids:
             journal.wait(self, packet_ids)
-        self._listener.received += count
-        return count
+        self._listener.received += at
+        return at
 
     def _append_with(
         self, route: Route, qos: int, payload: bytes, properties: PublishProperties | None, age_us: int
@@ -472,6 +477,18 @@ class Client(asyncio.Protocol):
             "subscriptions": sorted(session.subscriptions) if session else [],
             "held": len(self._held),
         }
+
+
+def _run_of(messages: list[Published], at: int) -> list[Published]:
+    """The messages from `at` on that differ in nothing but packet id and payload, and have no properties."""
+    topic, qos = messages[at][0], messages[at][1]
+    end, count = at + 1, len(messages)
+    while end < count:  # HOT: tests/bench, intake
+        message = messages[end]
+        if message[0] is not topic or message[6] is not None or message[1] != qos:
+            break
+        end += 1
+    return messages if end - at == count else messages[at:end]
 
 
 def _to_mqtt(message: Message) -> PublishProperties | None:
