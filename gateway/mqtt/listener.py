@@ -14,9 +14,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gateway.amqp.message import Message, Template, user_properties
+from gateway.amqp.message import Message
 from gateway.broker import Broker
-from gateway.mqtt.codec import Connect, PropertiesCache, PublishProperties, Reason, TopicCache
+from gateway.mqtt.codec import Connect, PropertiesCache, Reason, TopicCache
 from gateway.mqtt.connection import (
     Acked,
     Connected,
@@ -31,7 +31,7 @@ from gateway.mqtt.connection import (
     Unsubscribed,
 )
 from gateway.mqtt.connection import Message as Published
-from gateway.routing import Route
+from gateway.mqtt.mapping import append_with, to_mqtt
 from gateway.sessions import Session
 from storeforward.errors import JournalFull
 from storeforward.journal import PENDING_BYTES_MAX, Journal
@@ -147,7 +147,7 @@ class Client(asyncio.Protocol):
         return self._congested or self._transport is None or self._conn.closing
 
     def publish(self, topic: str, message: Message, qos: int, dup: bool) -> int | None:
-        properties = _to_mqtt(message) if self._conn.version == 5 else None
+        properties = to_mqtt(message) if self._conn.version == 5 else None
         try:
             return self._conn.publish(topic, message.body, qos, dup=dup, properties=properties)
         except TooLargeForPeer:
@@ -239,7 +239,7 @@ class Client(asyncio.Protocol):
                 else:
                     if age_us is None:
                         age_us = journal.age_us()
-                    self._append_with(route, qos, payload, properties, age_us)
+                    append_with(journal, self._broker.router.identity, route, qos, payload, properties, age_us)
             except JournalFull as error:
                 if not self._full(error, packet_ids, packet_id):
                     break
@@ -252,33 +252,6 @@ class Client(asyncio.Protocol):
             journal.wait(self, packet_ids)
         self._listener.received += at
         return at
-
-    def _append_with(
-        self, route: Route, qos: int, payload: bytes, properties: PublishProperties | None, age_us: int
-    ) -> None:
-        ttl_us = route.ttl_us
-        encode = route.encode
-        if properties is not None:
-            if properties.message_expiry_interval is not None:
-                asked_us = properties.message_expiry_interval * 1_000_000
-                ttl_us = asked_us if ttl_us is None else min(ttl_us, asked_us)
-            gateway, epoch = self._broker.router.identity
-            encode = Template(
-                gateway,
-                epoch,
-                route.stream.name,
-                route.address,
-                route.topic,
-                None if ttl_us is None else min(ttl_us // 1000, 0xFFFFFFFF),
-                content_type=properties.content_type,
-                reply_to=properties.response_topic,
-                correlation_id=properties.correlation_data,
-                user_properties=properties.user_property,
-                duplicate_property=route.duplicate_property,
-                qos=qos,
-            ).encode
-        expires = None if ttl_us is None else age_us + ttl_us
-        self._journal.append(route.stream, route.topic, encode, payload, expires)
 
     def _full(self, error: JournalFull, before: list[bytes], packet_id: bytes) -> bool:
         """A stream is full: QoS 0 is lost and in the ledger, 5.0 is refused, 3.1.1 is held. True to go on."""
@@ -489,20 +462,3 @@ def _run_of(messages: list[Published], at: int) -> list[Published]:
             break
         end += 1
     return messages if end - at == count else messages[at:end]
-
-
-def _to_mqtt(message: Message) -> PublishProperties | None:
-    pairs = tuple(user_properties(message))
-    correlation = message.correlation_id
-    if isinstance(correlation, str):
-        correlation = correlation.encode()
-    if not isinstance(correlation, bytes):
-        correlation = None if correlation is None else str(correlation).encode()
-    if not (pairs or correlation or message.reply_to or message.content_type):
-        return None
-    return PublishProperties(
-        response_topic=message.reply_to,
-        correlation_data=correlation,
-        content_type=message.content_type,
-        user_property=pairs,
-    )
