@@ -17,6 +17,7 @@ PURE = [
     "gateway/amqp/raw.py",
     "gateway/amqp/sasl.py",
     "gateway/amqp/message.py",
+    "gateway/groups.py",
     "gateway/uplink/state.py",
     "gateway/uplink/drain.py",
     "gateway/uplink/intake.py",
