@@ -156,12 +156,19 @@ class TlsGate(asyncio.Protocol):
             self._handshakes.end(raw)
         if tls is None or self._lost:
             return
+        try:
+            self._hand_over(tls)
+        except Exception:  # as asyncio does where a protocol's callback fails: only its connection pays
+            log.exception("connection failed at its begin", extra={"peer": peer})
+            tls.abort()
+
+    def _hand_over(self, tls: asyncio.Transport) -> None:
         protocol = self._factory()
         tls.set_protocol(protocol)
         protocol.connection_made(tls)
         if self._early and isinstance(protocol, asyncio.Protocol) and not tls.is_closing():
             protocol.data_received(bytes(self._early))
-            self._early.clear()
+        self._early.clear()
 
 
 def _handshake_fault(error: OSError) -> str:

@@ -13,6 +13,7 @@ import binascii
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from http import HTTPStatus
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -195,11 +196,13 @@ class WebSocketServer:
         headers = [
             ("Content-Type", "text/plain; charset=us-ascii"),
             ("Content-Length", str(len(body))),
-            ("Connection", "close"),
+            ("Connection", "close, Upgrade" if refusal.status == HTTPStatus.UPGRADE_REQUIRED else "close"),
             *refusal.headers,
         ]
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            response = h11.Response(status_code=refusal.status, headers=headers)
+            response = h11.Response(
+                status_code=refusal.status, headers=headers, reason=HTTPStatus(refusal.status).phrase.encode()
+            )
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self._out += self._http.send(event) or b""
         self._over()
