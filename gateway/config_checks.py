@@ -106,6 +106,7 @@ def _check_listener_tls(key: str, table: Mapping[str, Any], base: Path, report: 
     for one, other in (("cert", "key"), ("key", "cert"), ("client_ca", "cert")):
         if one in table and other not in table:
             report.add((key, other), f"it beside `{one}`", report.example((key, other)), missing=True)
+            break
     if table.get("client_cert") in ("optional", "required") and "client_ca" not in table:
         expected = "`client_ca` beside it: the authority whose certificates are good"
         report.add((key, "client_cert"), expected, report.example((key, "client_ca")))
