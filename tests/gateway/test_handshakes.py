@@ -189,13 +189,32 @@ def test_our_close_says_so_and_ends_without_an_answer_too(monkeypatch: pytest.Mo
             writer.write(request())
             await reader.readuntil(b"\r\n\r\n")
             (inner,) = at.inners
-            inner.transport.pause_reading()  # a closing transport reads on by itself, for the peer's answer
             inner.transport.write(b"last")
             inner.transport.close()
             assert inner.transport.is_closing()
             inner.transport.write(b"too late")
             last, close = frames(await reader.read())
             assert (last.payload, close.code) == (b"last", 1000)
+            await inner.lost.wait()
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_our_close_hears_the_answer_although_nobody_was_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.mqtt.websocket.CLOSE_WAIT_S", 10 * WAIT_S)  # only the answer can end it in time
+
+    async def run() -> None:
+        async with bench(WS) as at:
+            reader, writer = await at.dial()
+            writer.write(request())
+            await reader.readuntil(b"\r\n\r\n")
+            (inner,) = at.inners
+            inner.transport.pause_reading()
+            writer.write(frame(BINARY, b"unread") + frame(CLOSE, (1000).to_bytes(2)))
+            inner.transport.close()
+            (close,) = frames(await reader.read())
+            assert close.code == 1000
             await inner.lost.wait()
             writer.close()
 
