@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gateway
+from gateway import sys_topics
 from gateway.amqp.listener import AmqpListener
 from gateway.broker import Broker
 from gateway.committer import Committer
@@ -41,6 +42,7 @@ log = logging.getLogger("lineside")
 
 STOP_S_MAX = 4.0
 HOUSEKEEPING_S = 5.0
+CURSORS_S = 0.25
 RATE_S = 1.0
 
 
@@ -108,7 +110,10 @@ class App:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
         self._loop.add_signal_handler(signal.SIGHUP, self.reload)
+        self.broker.schedule = self._schedule_due
         self._housekeeping()
+        self._write_cursors()
+        self._publish_sys()
         self._measure()
         self._beat()
         # What was made until here lives as long as the daemon: the collector need not look at it again.
@@ -126,8 +131,14 @@ class App:
                 packet_max_bytes=mqtt.packet_max_bytes,
                 receive_maximum=mqtt.receive_maximum,
                 keep_alive_max_s=mqtt.keep_alive_max_s,
+                topic_alias_max=mqtt.topic_alias_max,
+                topic_alias_send_max=mqtt.topic_alias_max,
+                send_window_max=mqtt.send_window,
+                retain_available=mqtt.retained,
+                wildcards_available=mqtt.wildcards,
             )
             self._mqtt = MqttListener(self.broker, self.committer, limits, mqtt.clients_max, mqtt.session_expiry_max_s)
+            self._mqtt.figures = lambda: sys_topics.figures(self._status({}))
             await self._serve(self._mqtt.protocol, mqtt, mqtt.clients_max, "mqtt")
         amqp = config.amqp
         if amqp is not None:
@@ -174,6 +185,7 @@ class App:
                 [i for i in config.inbound if i.hub == hub.name],
                 self.journal,
                 self.committer.kick,
+                self.broker.retain_received,
             )
             self._hubs.append(link)
             link.start()
@@ -199,14 +211,36 @@ class App:
                 hub.network_changed()
 
     def _housekeeping(self) -> None:
-        self.broker.expire_sessions()
+        self.broker.run_due()
         self.broker.trim_sessions()
+        self.broker.retained.expire(self.journal.age_us())
         self.journal.reclaim()
         if self.journal.disk_full:
             self.journal.pending.touched[self.broker.local] = None  # every commit also looks for space
         if self.journal.pending:
             self.committer.kick()
         self._loop.call_later(HOUSEKEEPING_S, self._housekeeping)
+
+    def _schedule_due(self, delay_s: float) -> None:
+        if delay_s < HOUSEKEEPING_S:  # later ones are found in time anyway
+            self._loop.call_later(delay_s + 0.001, self._run_due)
+
+    def _run_due(self) -> None:
+        self.broker.run_due()
+        self.committer.kick()
+
+    def _write_cursors(self) -> None:
+        """What clients acknowledged is written a few times a second, not each time."""
+        self.broker.caught_up()
+        self.journal.write_cursors()
+        if self.journal.pending:
+            self.committer.kick()
+        self._loop.call_later(CURSORS_S, self._write_cursors)
+
+    def _publish_sys(self) -> None:
+        if self._mqtt is not None and self.config.mqtt is not None:
+            self._mqtt.publish_sys()
+            self._loop.call_later(self.config.mqtt.sys_interval_s, self._publish_sys)
 
     def _measure(self) -> None:
         received = self._mqtt.received if self._mqtt is not None else 0
@@ -316,6 +350,11 @@ class App:
             "mqtt": {
                 "listen": [str(a) for a in self.config.mqtt.listen] if self.config.mqtt else [],
                 "clients": len(self._mqtt.clients) if self._mqtt else 0,
+                "sessions": len(self.broker.sessions),
+                "subscriptions": sum(len(s.subscriptions) for s in self.broker.sessions.values()),
+                "retained": len(self.broker.retained),
+                "received": self._mqtt.received if self._mqtt else 0,
+                "sent": self._mqtt.sent if self._mqtt else 0,
             },
             "hubs": [h.describe() for h in self._hubs],
             "streams": [

@@ -17,7 +17,16 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic_core import PydanticCustomError
 
 from gateway.config_checks import check_all
@@ -241,6 +250,12 @@ class Mqtt(_Listener):
         default=30 * 86400.0, alias="session_expiry_max", examples=["30d"]
     )
     session_max_messages: Count = 100_000
+    send_window: Annotated[StrictInt, Field(ge=1, le=65535)] = 100
+    topic_alias_max: Annotated[StrictInt, Field(ge=0, le=65535)] = 16
+    retained: StrictBool = True
+    retained_max: Annotated[StrictInt, Field(ge=0, le=10_000_000)] = 100_000
+    wildcards: StrictBool = True
+    sys_interval_s: Annotated[float, _seconds(1, 3600)] = Field(default=10.0, alias="sys_interval", examples=["10s"])
     ws_origins: tuple[Annotated[str, BeforeValidator(_check_origin)], ...] = Field(
         default=(), max_length=100, examples=[["https://hmi.example"]]
     )

@@ -122,6 +122,20 @@ class Group:
         self._move_cursor()
         return out
 
+    def skip_unwanted(self) -> None:
+        """Move over rows that the group does not want, as far as they are the next: they hold up others' deletion."""
+        self._catch_up()
+        while self._next < self.stream.committed:
+            rows = self.journal.read(self.stream, self._next, READ_ROWS)
+            for row in rows:
+                if self._wants(row):
+                    self._move_cursor()
+                    return
+                self._next = row.seq + 1
+            if not rows:
+                self._next = self.stream.committed
+        self._move_cursor()
+
     def done(self, member: Hashable, seq: int) -> bool:
         """The member is finished with a row for good. False if it was not the member's (any more)."""
         entry = self._release_hold(member, seq)

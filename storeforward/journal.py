@@ -92,12 +92,13 @@ class Batch:
     appended: dict[Stream, Appended] = field(default_factory=dict)
     cursors: dict[Cursor, int] = field(default_factory=dict)
     statements: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+    with_rows: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
     waiting: dict[Waiter, list[Any]] = field(default_factory=dict)
     touched: dict[Stream, None] = field(default_factory=dict)
     deleted: dict[Stream, None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.appended or self.cursors or self.statements or self.waiting or self.touched)
+        return bool(self.appended or self.cursors or self.statements or self.with_rows or self.waiting or self.touched)
 
 
 class Journal:
@@ -122,6 +123,7 @@ class Journal:
         self._by_id: dict[int, Stream] = {}
         self.pending = Batch()
         self.under_way: Batch | None = None
+        self._lazy: dict[Cursor, Stream] = {}
         self.epoch = 0
         self.epoch_token = ""
         self._age = AgeClock(0, 0, "")
@@ -263,6 +265,7 @@ class Journal:
 
     def close(self) -> None:
         """Commit what is pending, then close. Safe to call once only."""
+        self.write_cursors()
         if self.pending:
             self.commit_now()
         self._r.close()
@@ -317,19 +320,34 @@ class Journal:
         cursor = stream.cursors.pop(name, None)
         if cursor is not None:
             self.pending.cursors.pop(cursor, None)
+            self._lazy.pop(cursor, None)
             if not cursor.volatile:
                 self.execute("DELETE FROM cursor WHERE stream = ? AND name = ?", (stream.id, name))
             self.pending.touched[stream] = None
 
-    def advance(self, stream: Stream, cursor: Cursor, position: int) -> None:
-        """Move a cursor forward; durable with the next commit. A cursor never moves back by this call."""
+    def advance(self, stream: Stream, cursor: Cursor, position: int, *, lazily: bool = False) -> None:
+        """Move a cursor forward; durable with the next commit. A cursor never moves back by this call.
+
+        `lazily`: with the first commit after `write_cursors`, for consumers whose every step is not worth a sync.
+        """
         if position > cursor.position:
             cursor.position = position
-            self.pending.touched[stream] = None
             if cursor.volatile:
                 cursor.durable = position
-            else:
+            if lazily:
+                self._lazy[cursor] = stream
+                return
+            self.pending.touched[stream] = None
+            if not cursor.volatile:
                 self.pending.cursors[cursor] = stream.id
+
+    def write_cursors(self) -> None:
+        """Have cursors that moved lazily written with the next commit."""
+        for cursor, stream in self._lazy.items():
+            self.pending.touched[stream] = None
+            if not cursor.volatile and stream.cursors.get(cursor.name) is cursor:
+                self.pending.cursors[cursor] = stream.id
+        self._lazy.clear()
 
     # ------------------------------------------------------------------ appending
 
@@ -429,6 +447,10 @@ class Journal:
     def execute(self, statement: str, parameters: tuple[Any, ...] = ()) -> None:
         """Have a statement run inside the next commit (sessions, subscriptions)."""
         self.pending.statements.append((statement, parameters))
+
+    def execute_with_rows(self, statement: str, parameters: tuple[Any, ...] = ()) -> None:
+        """As `execute`, for what is true only if the messages of this batch are stored: it fails with them for good."""
+        self.pending.with_rows.append((statement, parameters))
 
     def _make_room(self, stream: Stream, size: int) -> None:
         limits = stream.limits
@@ -600,6 +622,8 @@ class Journal:
                 )
                 batch.cursors[cursor] = cursor.position
             for statement, parameters in batch.statements:
+                ex(statement, parameters)
+            for statement, parameters in batch.with_rows:
                 ex(statement, parameters)
             for stream, appended in batch.appended.items():
                 batch.touched[stream] = None

@@ -81,8 +81,12 @@ class Stream:
         return self.id << SEQ_BITS
 
     def low(self) -> int:
-        """First seq that somebody still needs; with no cursor at all everything is held for the first reader."""
-        return min((c.position for c in self.cursors.values()), default=self.first_seq)
+        """First seq that somebody still needs. With no cursor at all everything is held for the first reader.
+
+        But not what local apps say to one another: who was not there when it was said is not meant.
+        """
+        nobody = self.committed if self.direction == "local" else self.first_seq
+        return min((c.position for c in self.cursors.values()), default=nobody)
 
     @property
     def waiting(self) -> int:

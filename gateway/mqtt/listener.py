@@ -11,27 +11,31 @@ import logging
 import secrets
 import socket
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from gateway.amqp.message import Message
 from gateway.broker import Broker
-from gateway.mqtt.codec import Connect, PropertiesCache, Reason, TopicCache
+from gateway.mqtt.codec import V5, Connect, PropertiesCache, PublishProperties, Reason, TopicCache
 from gateway.mqtt.connection import (
     Acked,
+    Completed,
     Connected,
     Disconnected,
     Event,
     Failed,
     Limits,
     Publishes,
+    Received,
+    Released,
     ServerConnection,
     Subscribed,
     TooLargeForPeer,
     Unsubscribed,
 )
 from gateway.mqtt.connection import Message as Published
-from gateway.mqtt.mapping import append_with, to_mqtt
+from gateway.mqtt.delivery import Delivery
+from gateway.mqtt.topics import filter_matches
 from gateway.sessions import Session
 from security.identity import CertificateIdentity, certificate_identity
 from storeforward.errors import JournalFull
@@ -40,6 +44,8 @@ from storeforward.journal import PENDING_BYTES_MAX, Journal
 log = logging.getLogger("lineside.mqtt")
 
 SESSION_NEVER_EXPIRES = 0xFFFFFFFF
+RESPONSE_PREFIX = "response/"
+ALIAS_BYTES = 6  # that a topic alias may add to a packet
 HOLD_RETRY_S = 0.2
 CLOSE_WAIT_S = 2.0
 WRITE_BUFFER_BYTES = 256 << 10
@@ -50,10 +56,15 @@ class Kick(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Refused:
-    """Packet ids whose messages were not taken: they are answered in their turn (MQTT 5.0 §4.6)."""
+class _Answer:
+    """What a batch's messages are answered in their turn (MQTT 5.0 §4.6): PUBREC, or a PUBACK that refuses."""
 
     packet_ids: list[bytes]
+    qos: int
+    reason: int = 0
+
+    def give(self, conn: ServerConnection) -> None:
+        (conn.pubrec if self.qos == 2 else conn.puback)(self.packet_ids, self.reason)
 
 
 class MqttListener:
@@ -69,10 +80,26 @@ class MqttListener:
         self.topics = TopicCache()
         self.properties = PropertiesCache()
         self.received = 0
+        self.sent = 0
         self.stopping = False
+        self.figures: Callable[[], list[tuple[str, bytes]]] = list
 
     def protocol(self) -> Client:
         return Client(self)
+
+    def send_sys(self, client: Client, filters: Iterable[str]) -> None:
+        """A new subscription to $SYS topics is given them as they are now."""
+        wanted = [f for f in filters if f.startswith("$SYS")]
+        if wanted:
+            client.give_figures(wanted, self.figures(), retain=True)
+
+    def publish_sys(self) -> None:
+        """Everybody who has subscribed to $SYS topics gets them. They are never journaled: they are about now."""
+        readers = [(c, filters) for c in self.clients if (filters := c.sys_filters)]
+        if readers:
+            figures = self.figures()
+            for client, filters in readers:
+                client.give_figures(filters, figures, retain=False)
 
     def stop(self) -> None:
         """Say goodbye to everybody; who has unanswered messages gets its acknowledgements first."""
@@ -149,16 +176,44 @@ class Client(asyncio.Protocol):
     def congested(self) -> bool:
         return self._congested or self._transport is None or self._conn.closing
 
-    def publish(self, topic: str, message: Message, qos: int, dup: bool) -> int | None:
-        properties = to_mqtt(message) if self._conn.version == 5 else None
+    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool:
+        conn = self._conn
+        if conn.unlimited:
+            return True
+        section = len(delivery.section(identifiers, 0)) + ALIAS_BYTES if conn.version == V5 else 0
+        return conn.fits(4 + len(delivery.topic.encode()) + section + len(delivery.payload))
+
+    def in_use(self, packet_ids: Iterable[int]) -> None:
+        self._conn.in_use(packet_ids)
+
+    def reserve(self, qos: int, packet_id: int | None = None) -> int | None:
+        return self._conn.reserve(qos, packet_id)
+
+    def pubrel(self, packet_ids: Iterable[int]) -> None:
+        self._conn.pubrel(packet_ids)
+
+    def deliver(
+        self,
+        delivery: Delivery,
+        qos: int,
+        retain: bool,
+        identifiers: tuple[int, ...],
+        dup: bool = False,
+        packet_id: int | None = None,
+    ) -> int | None:
+        """Queue a message for the client; see `ServerConnection.publish`."""
+        conn = self._conn
+        if conn.plain and packet_id is None and delivery.expires_age_us is None:
+            self._listener.sent += 1
+            return conn.publish_encoded(*delivery.packet(conn.version, qos, retain, identifiers), qos)
+        section = delivery.section(identifiers, self._journal.age_us()) if conn.version == V5 else None
         try:
-            return self._conn.publish(topic, message.body, qos, dup=dup, properties=properties)
-        except TooLargeForPeer:
-            session = self._session
-            self._journal.lose(
-                "local", 0, "larger-than-client-takes", len(message.body), session.cursor_name if session else ""
-            )
-            return 0
+            number = conn.publish(delivery.topic, delivery.payload, qos, retain, dup, section, packet_id=packet_id)
+        except TooLargeForPeer as error:  # `takes` was asked, so only a new, lower limit of ours could do this
+            log.error("a message does not fit", extra=self._who(topic=delivery.topic, error=str(error)))
+            return None
+        self._listener.sent += 1
+        return number
 
     # ------------------------------------------------------------------ the journal's side (Waiter)
 
@@ -168,28 +223,32 @@ class Client(asyncio.Protocol):
         for token in tokens:
             if type(token) is list:
                 conn.puback(token)
-            elif type(token) is _Refused:
-                conn.puback(token.packet_ids, Reason.QUOTA_EXCEEDED)
+            elif type(token) is _Answer:
+                token.give(conn)
             else:
                 token()
         self.flush()
 
     def failed(self, tokens: list[Any], error: JournalFull) -> None:
-        """Nothing of it is on disk. 5.0 is told so; 3.1.1 has no word for it, and sends again when it comes back."""
-        if self._conn.version == 5:
-            for token in tokens:
-                if type(token) is list:
-                    self._conn.puback(token, Reason.QUOTA_EXCEEDED)
-                elif type(token) is _Refused:
-                    self._conn.puback(token.packet_ids, Reason.QUOTA_EXCEEDED)
-                elif token == self._resume:
-                    token()
-                else:
-                    self._disconnect(Reason.QUOTA_EXCEEDED, error.reason)
-            self.flush()
-        else:
-            log.warning("client dropped: its messages could not be stored", extra=self._who(error=error.reason))
-            self._abort()
+        """Nothing of it is on disk. 5.0 is told so; 3.1.1 has no word for it, and sends again when it comes back.
+
+        What does not speak of messages (sessions, subscriptions, releases) is staged again, and goes on waiting.
+        """
+        for token in tokens:
+            if type(token) is list:
+                token = _Answer(token, 1, Reason.QUOTA_EXCEEDED)
+            if type(token) is not _Answer:
+                self._journal.wait(self, token)
+                continue
+            if token.qos == 2 and self._session is not None and not token.reason:
+                for packet_id in token.packet_ids:
+                    self._session.take_back(int.from_bytes(packet_id, "big"))
+            if self._conn.version != V5:
+                log.warning("client dropped: its messages could not be stored", extra=self._who(error=error.reason))
+                self._abort()
+                return
+            replace(token, reason=token.reason or Reason.QUOTA_EXCEEDED).give(self._conn)
+        self.flush()
 
     # ------------------------------------------------------------------ events
 
@@ -198,7 +257,7 @@ class Client(asyncio.Protocol):
             if type(event) is Publishes:
                 self._published(event.messages)
             elif type(event) is Acked:
-                self._acked(event)
+                self._acked(event.packet_ids, event.refused)
             else:
                 self._control(event)
         if events:
@@ -221,52 +280,101 @@ class Client(asyncio.Protocol):
         journal = self._journal
         route_of = self._broker.router.route
         packet_ids: list[bytes] = []
-        age_us: int | None = None
         at, count = 0, len(messages)
         while at < count:
-            topic, qos, _, _, packet_id, payload, properties = messages[at]
+            message = messages[at]
+            topic, qos, retain, _, packet_id, _, properties = message
             route = route_of(topic, qos)
-            try:
-                if not route.wanted:
-                    pass
-                elif properties is None and route.ttl_us is None:
-                    run = _run_of(messages, at)
-                    if len(run) > 1:
-                        done = journal.append_run(route.stream, topic, route.encode, [m[5] for m in run])
-                        if qos:
-                            packet_ids += [m[4] for m in run[:done]]
-                        at += done
-                        if done:
-                            continue
-                    journal.append(route.stream, topic, route.encode, payload)
-                else:
-                    if age_us is None:
-                        age_us = journal.age_us()
-                    append_with(journal, self._broker.router.identity, route, qos, payload, properties, age_us)
-            except JournalFull as error:
-                if not self._full(error, packet_ids, packet_id):
-                    break
-                packet_ids = []
+            plain = qos < 2 and not retain and properties is None and topic[:1] != "$" and not self._marks_source
+            if plain and not route.wanted:
+                at += 1
+            elif plain and route.ttl_us is None:
+                run = _run_of(messages, at)
+                done = journal.append_run(route.stream, topic, route.encode, [m[5] for m in run])
+                if not done:
+                    done = self._append_one(message, packet_ids)
+                    if not done:
+                        break
+                elif qos:
+                    packet_ids += [m[4] for m in run[:done]]
+                at += done
+                continue
             else:
-                if qos:
-                    packet_ids.append(packet_id)
-            at += 1
+                if not self._append_one(message, packet_ids):
+                    break
+                at += 1
+                continue
+            if qos:
+                packet_ids.append(packet_id)
         if packet_ids:
             journal.wait(self, packet_ids)
         self._listener.received += at
         return at
 
-    def _full(self, error: JournalFull, before: list[bytes], packet_id: bytes) -> bool:
-        """A stream is full: QoS 0 is lost and in the ledger, 5.0 is refused, 3.1.1 is held. True to go on."""
-        log.debug("intake refused", extra=self._who(stream=error.stream, reason=error.reason))
-        if packet_id and self._conn.version != 5:
-            return False
+    @property
+    def _marks_source(self) -> bool:
+        return self._session is not None and self._session.no_local
+
+    def _append_one(self, message: Published, acknowledged: list[bytes]) -> bool:
+        """Stage a message of any kind. False where it has to be held; `acknowledged`: PUBACKs not yet waited for."""
+        topic, qos, retain, _, packet_id, payload, properties = message
+        session = self._session
+        if session is None:
+            return True  # taken over meanwhile: the client sends it again
+        number = int.from_bytes(packet_id, "big")
+        if qos == 2 and number in session.incoming:
+            self._answer(acknowledged, [packet_id], 2)  # sent again, stored before (§4.3.3)
+            return True
+        refusal = self._refusal(topic, payload, properties)
+        if refusal is not None:
+            return self._refuse(refusal, message, acknowledged)
+        try:
+            self._broker.publish(topic, qos, retain, payload, properties, self._journal.age_us(), session)
+        except JournalFull as error:
+            log.debug("intake refused", extra=self._who(stream=error.stream, reason=error.reason))
+            if qos and self._conn.version != V5:
+                return False
+            if qos:
+                self._answer(acknowledged, [packet_id], qos, Reason.QUOTA_EXCEEDED)
+            else:
+                self._journal.lose(error.stream, 0, "refused-qos-0", len(payload), self._conn.client_id)
+            return True
+        if qos == 2:
+            session.take_in(number)
+            self._answer(acknowledged, [packet_id], 2)
+        elif qos:
+            acknowledged.append(packet_id)
+        return True
+
+    def _answer(self, before: list[bytes], packet_ids: list[bytes], qos: int, reason: int = 0) -> None:
+        """Have these answered after the commit, behind what came before them."""
         if before:
-            self._journal.wait(self, before)
-        if packet_id:
-            self._journal.wait(self, _Refused([packet_id]))
-        else:
-            self._journal.lose(error.stream, 0, "refused-qos-0", 0, self._conn.client_id)
+            self._journal.wait(self, before.copy())
+            before.clear()
+        self._journal.wait(self, _Answer(packet_ids, qos, reason))
+
+    def _refusal(self, topic: str, payload: bytes, properties: PublishProperties | None) -> Reason | None:
+        if topic.startswith("$SYS/"):
+            return Reason.NOT_AUTHORIZED  # the server's own (§4.7.2)
+        if properties is not None and properties.payload_format_indicator == 1:
+            try:
+                payload.decode()
+            except UnicodeDecodeError:
+                return Reason.PAYLOAD_FORMAT_INVALID
+        return None
+
+    def _refuse(self, reason: Reason, message: Published, acknowledged: list[bytes]) -> bool:
+        """Never to be taken, full or not. Without a word for it the message is in the ledger: nothing vanishes."""
+        topic, qos, _, _, packet_id, payload, _ = message
+        log.warning("message refused", extra=self._who(topic=topic, reason=reason.name.lower()))
+        if qos and self._conn.version == V5:
+            self._answer(acknowledged, [packet_id], qos, reason)
+            return True
+        self._journal.lose("-", 0, reason.name.lower().replace("_", "-"), len(payload), self._conn.client_id)
+        if qos == 2:
+            self._answer(acknowledged, [packet_id], 2)
+        elif qos:
+            acknowledged.append(packet_id)
         return True
 
     def _hold(self, messages: list[Published]) -> None:
@@ -278,6 +386,10 @@ class Client(asyncio.Protocol):
 
     def _retry(self) -> None:
         if self._transport is None:
+            for topic, qos, _, _, _, payload, _ in self._held:
+                if not qos:  # the others were not acknowledged: their sender still has them
+                    stream = self._broker.router.route(topic, 0).stream
+                    self._journal.lose(stream.name, 0, "refused-qos-0", len(payload), self._conn.client_id)
             self._held.clear()
             return
         messages = list(self._held)
@@ -290,18 +402,42 @@ class Client(asyncio.Protocol):
         else:
             self._resume()
 
-    def _acked(self, event: Acked) -> None:
+    def _acked(self, packet_ids: list[int], refused: list[tuple[int, int]]) -> None:
         session = self._session
         if session is None:
             return
-        for packet_id, reason in event.refused:
+        for packet_id, reason in refused:
             self._journal.lose(session.cursor_name, packet_id, "refused-by-client", 0, f"reason 0x{reason:02x}")
-        self._broker.acked(session, event.packet_ids)
+        session.acked(packet_ids)
+        self._broker.answered(session)
+
+    def _released(self, packet_ids: list[int]) -> None:
+        """PUBRELs: the ids are free again once that is on disk, and only then are they answered."""
+        session = self._session
+        if session is None:
+            return
+        known = [p for p in packet_ids if session.let_go(p)]
+        unknown = [p for p in packet_ids if p not in known]
+
+        def answer() -> None:
+            self._conn.pubcomp(known)
+            self._conn.pubcomp(unknown, Reason.PACKET_IDENTIFIER_NOT_FOUND)
+
+        self._journal.wait(self, answer)
 
     def _control(self, event: Event) -> None:
         match event:
             case Connected(connect):
                 self._connect(connect)
+            case Released(packet_ids):
+                self._released(packet_ids)
+            case Received(packet_ids, refused):
+                if self._session is not None:
+                    self._session.received(packet_ids)
+                    if refused:
+                        self._acked([p for p, _ in refused], refused)
+            case Completed(packet_ids):
+                self._acked(packet_ids, [])
             case Subscribed(packet):
                 self._subscribe(packet)
             case Unsubscribed(packet):
@@ -312,7 +448,7 @@ class Client(asyncio.Protocol):
                 log.info("client left", extra=self._who(clean=clean, reason=reason))
                 if packet is not None and packet.properties.session_expiry_interval is not None:
                     self._expiry = self._expiry_of(packet.properties.session_expiry_interval)
-                self._leave()
+                self._leave(clean=clean)
             case Failed(error):
                 log.warning(
                     "client broke the protocol", extra=self._who(reason=f"0x{error.reason:02x}", error=error.text)
@@ -333,16 +469,40 @@ class Client(asyncio.Protocol):
         other = self._broker.sessions.get(client_id)
         if other is not None and isinstance(other.outlet, Client):
             other.outlet.taken_over()
-        self._session, present = self._broker.connect(client_id, connect.clean_start, self._expiry, self)
+        session, present = self._broker.connect(connect, client_id, self._expiry, self)
+        self._session = session
         told = self._expiry if connect.version == 5 and self._expiry != asked else None
         log.info("client connected", extra=self._who(client=client_id, version=connect.version, present=present))
-        held = self._conn.accept(present, assigned_client_id=assigned, session_expiry_s=told)
+
+        def accept() -> None:
+            if self._session is session:
+                self._accept(session, present, assigned, told)
+
+        if session.durable or connect.will is not None:
+            self._pause()  # the time to CONNECT is over; what is sent meanwhile waits in the socket
+            self._journal.wait(self, accept)
+        else:
+            accept()
+
+    def _accept(self, session: Session, present: bool, assigned: str | None, expiry_s: int | None) -> None:
+        """Session and will are on disk: the client is told that it has them."""
+        connect = self._conn.connect
+        information = None
+        if connect is not None and connect.properties.request_response_information:
+            information = f"{RESPONSE_PREFIX}{self._conn.client_id or assigned}"
+        held = self._conn.accept(
+            present, assigned_client_id=assigned, session_expiry_s=expiry_s, response_information=information
+        )
+        if self._conn.closing:
+            self.flush()
+            return
         if self._timer is not None:  # until now it was the time allowed for CONNECT; the keep-alive may be shorter
             self._timer.cancel()
             self._timer = None
         self._set_timer()
-        self._broker.pump(self._session)
+        self._broker.attach(session, self)
         self._take(held)
+        self._resume()
 
     def _expiry_of(self, asked: int) -> int:
         """What is granted of a session expiry interval, in seconds; the cap bounds "never", too."""
@@ -352,31 +512,60 @@ class Client(asyncio.Protocol):
         session = self._session
         assert session is not None
         identifier = packet.properties.subscription_identifier
-        codes = self._broker.subscribe(
+        reasons = [self._subscription_refusal(s.filter) for s in packet.subscriptions]
+        granted, retained = self._broker.subscribe(
             session,
             [
                 (s.filter, s.qos, s.no_local | s.retain_as_published << 1 | s.retain_handling << 2, identifier)
-                for s in packet.subscriptions
+                for s, reason in zip(packet.subscriptions, reasons, strict=True)
+                if reason is None
             ],
         )
+        grants = iter(granted)
+        codes = [next(grants) if reason is None else reason for reason in reasons]
 
         def answer() -> None:
+            if self._session is session and self._broker.owe_retained(session, retained):
+                self._journal.wait(self, acknowledge)
+            else:
+                acknowledge()
+
+        def acknowledge() -> None:
             self._conn.suback(packet, codes)
             self.flush()
             if self._session is session:
+                self._listener.send_sys(self, [s.filter for s in packet.subscriptions])
                 self._broker.pump(session)
 
         # Not before the subscription is on disk: a power cut must not take what was promised.
         self._journal.wait(self, answer)
+
+    def _subscription_refusal(self, filter: str) -> Reason | None:
+        if ("+" in filter or "#" in filter) and not self._listener.limits.wildcards_available:
+            return Reason.WILDCARD_SUBSCRIPTIONS_NOT_SUPPORTED
+        return None
+
+    # ------------------------------------------------------------------ $SYS
+
+    @property
+    def sys_filters(self) -> list[str]:
+        return [f for f in self._session.subscriptions if f.startswith("$SYS")] if self._session is not None else []
+
+    def give_figures(self, filters: list[str], figures: list[tuple[str, bytes]], *, retain: bool) -> None:
+        """At QoS 0, and only as long as the socket takes them."""
+        for topic, value in figures:
+            if not self.congested and any(filter_matches(f, topic) for f in filters):
+                delivery = Delivery(topic, value, 0, True, None, None, None)
+                if self.takes(delivery, ()):
+                    self.deliver(delivery, 0, retain, ())
+        self.flush()
 
     # ------------------------------------------------------------------ ending
 
     def taken_over(self) -> None:
         """Another connection came with the same client identifier (MQTT 5.0 §3.1.4)."""
         log.info("client taken over", extra=self._who())
-        session, self._session = self._session, None
-        if session is not None:
-            session.detach()
+        self._leave()
         self._disconnect(Reason.SESSION_TAKEN_OVER)
 
     def shut_down(self) -> None:
@@ -389,10 +578,10 @@ class Client(asyncio.Protocol):
         elif self._transport is not None:
             self._transport.close()
 
-    def _leave(self) -> None:
+    def _leave(self, *, clean: bool = False) -> None:
         session, self._session = self._session, None
-        if session is not None:
-            self._broker.disconnect(session, self, self._expiry)
+        if session is not None and not self._listener.stopping:
+            self._broker.disconnect(session, self, self._expiry, clean=clean)
             self._listener.committer.kick()
 
     def _abort(self) -> None:
