@@ -359,6 +359,7 @@ class Client:
         self.port, self.version = port, version
         self.stream: Stream = stream or socket.create_connection(("127.0.0.1", port), WAIT_S)
         self.buffer = b""
+        self.aside: list[Packet] = []  # heard while an exchange was being finished
         self.next_id = 1
         self.client_id = ""
         self.aliases: dict[int, str] = {}
@@ -384,6 +385,9 @@ class Client:
 
     def hear(self, within_s: float = WAIT_S) -> Packet:
         """The next packet. Raises Closed at the connection's end, TimeoutError if none comes."""
+        return self.aside.pop(0) if self.aside else self._read(within_s)
+
+    def _read(self, within_s: float) -> Packet:
         end = time.monotonic() + within_s
         while True:
             value, place = 0, 1
@@ -464,7 +468,10 @@ class Client:
         return first
 
     def message(self, payload: bytes | None = None, **fields: object) -> Packet:
-        """The next packet is a message; its exchange is finished. An alias is resolved into `topic`."""
+        """The next packet is a message; its exchange is finished. An alias is resolved into `topic`.
+
+        Other messages that come in between its PUBREC and the server's PUBREL keep their order.
+        """
         got = self.expect(PUBLISH, **fields)
         alias = got.get(TOPIC_ALIAS)
         if isinstance(alias, int):
@@ -476,10 +483,20 @@ class Client:
         if got.qos == 1:
             self.say(ack(PUBACK, got.packet_id))
         elif got.qos == 2:
-            self.say(ack(PUBREC, got.packet_id))
-            self.expect(PUBREL, packet_id=got.packet_id)
-            self.say(ack(PUBCOMP, got.packet_id))
+            self.finish(got.packet_id)
         return got
+
+    def finish(self, packet_id: int) -> None:
+        """Take the second half of a QoS 2 exchange, PUBREC to PUBCOMP."""
+        self.say(ack(PUBREC, packet_id))
+        between = self.aside
+        self.aside = []
+        while (heard := self._read(WAIT_S)).kind != PUBREL or heard.packet_id != packet_id:
+            assert heard.kind == PUBLISH, f"expected PUBREL {packet_id}, got {heard}"
+            between.append(heard)
+        assert heard.reason == 0, heard
+        self.aside = between
+        self.say(ack(PUBCOMP, packet_id))
 
     def end(self, reason: int = 0, props: Sequence[Property] = ()) -> None:
         """DISCONNECT, and wait until the server has closed, too: its session is then at rest."""
