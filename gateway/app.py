@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gateway
+from gateway.access import Access
 from gateway.amqp.listener import AmqpListener
 from gateway.broker import Broker
 from gateway.committer import Committer
@@ -65,6 +66,7 @@ class App:
         self.journal: Journal
         self.broker: Broker
         self.committer: Committer
+        self.access: Access
 
     # ------------------------------------------------------------------ up
 
@@ -81,6 +83,7 @@ class App:
         if config.gateway.synchronous != "FULL":
             log.warning("acknowledged messages may be lost in a power cut: synchronous is not FULL")
         self.broker = Broker(config, self.journal)
+        self.access = Access(config)
         self.committer = Committer(self.journal, self._loop, self._committed, self._fatal)
         await self._listen()
         self._start_hubs()
@@ -122,6 +125,7 @@ class App:
                 keep_alive_max_s=mqtt.keep_alive_max_s,
             )
             self._mqtt = MqttListener(self.broker, self.committer, limits, mqtt.clients_max, mqtt.session_expiry_max_s)
+            self._mqtt.access = self.access
             for listen in mqtt.listen:
                 await self._serve(self._mqtt.protocol, listen, "mqtt")
         amqp = config.amqp
@@ -236,6 +240,9 @@ class App:
         self.config = config
         logging.getLogger().setLevel(config.gateway.log_level.upper())
         self.broker.reload(config)
+        self.access.reload(config)
+        if self._mqtt is not None:
+            self._mqtt.rules_changed()
         if (old.hubs, old.outbound, old.inbound) != (config.hubs, config.outbound, config.inbound):
             for hub in self._hubs:
                 hub.stop()
@@ -276,6 +283,7 @@ class App:
             except TimeoutError:
                 log.error("cursors of the last moment were not stored; some messages will be sent again")
         self.committer.stop()
+        self.access.stop()
         if failed:
             log.critical("stopped by a journal error; the next start deals with it", extra={"error": str(self._error)})
             return 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gateway.amqp.message import Message, decode
 from gateway.config import Config
@@ -193,6 +193,7 @@ class Broker:
             )
             subscription = Subscription(filter_, granted, options, identifier, since)
             session.subscriptions[filter_] = subscription
+            session.suspended.pop(filter_, None)
             self._feed(session)
             if session.durable:
                 self.journal.execute(
@@ -208,7 +209,7 @@ class Broker:
     def unsubscribe(self, session: Session, filters: Iterable[str]) -> list[int]:
         codes = []
         for filter_ in filters:
-            had = session.subscriptions.pop(filter_, None)
+            had = session.subscriptions.pop(filter_, None) or session.suspended.pop(filter_, None)
             if had is not None and session.durable:
                 self.journal.execute(
                     "DELETE FROM mqtt_subscription WHERE client_id = ? AND filter = ?", (session.client_id, filter_)
@@ -218,6 +219,22 @@ class Broker:
         self._feed(session)
         self.router.forget()
         return codes
+
+    def suspend(self, session: Session, allowed: Callable[[str], bool] | None) -> list[str]:
+        """Deliver only what is allowed (None: everything); return the filters that are not.
+
+        They stay the session's, also in the journal, so that rules that allow them again bring them back; what is
+        published in between is not kept for them.
+        """
+        every = session.subscriptions | session.suspended
+        suspended = {} if allowed is None else {f: s for f, s in every.items() if not allowed(f)}
+        if suspended.keys() != session.suspended.keys():
+            session.suspended = suspended
+            session.subscriptions = {f: s for f, s in every.items() if f not in suspended}
+            session.changed()
+            self._feed(session)
+            self.router.forget()
+        return list(suspended)
 
     def _feed(self, session: Session) -> None:
         """Give the session a cursor on every stream its filters can match, and none on others."""

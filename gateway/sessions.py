@@ -68,6 +68,7 @@ class Session:
         self.expiry_s: int | None = 0
         self.gone_age_us: int | None = None
         self.subscriptions: dict[str, Subscription] = {}
+        self.suspended: dict[str, Subscription] = {}  # what access rules forbid now; a reload may allow it again
         self.feeds: dict[Stream, Feed] = {}
         self.outlet: Outlet | None = None
         self._waiting: dict[int, tuple[Feed, _Sent]] = {}

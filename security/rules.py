@@ -24,8 +24,8 @@ import difflib
 import ipaddress
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, TypeAlias
 
@@ -315,6 +315,42 @@ def parse_who(text: object) -> Who:
             return Who(kind, value)
 
 
+def parse_identity(said: Iterable[str]) -> Identity:
+    """Somebody to ask about, by words as in `who`, but without `*`; a word without a kind is a user's name.
+
+    Raises ValueError with a sentence. The peer is on this machine unless an address says otherwise.
+    """
+    identity = Identity("mqtt", address=ipaddress.IPv4Address("127.0.0.1"))
+    for word in said:
+        name, colon, value = word.partition(":")
+        if not colon and word not in ("*", "anonymous"):
+            name, value = "user", word
+        kind = next((each for each in Kind if each.value == name), None)
+        match kind:
+            case Kind.USER if value:
+                identity = replace(identity, user=value)
+            case Kind.CLIENT if value:
+                identity = replace(identity, client=value)
+            case Kind.CN if value:
+                names = (*identity.names, value)
+                identity = replace(identity, cn=identity.cn or value, names=names)
+            case Kind.UID if value.isascii() and value.isdigit() and len(value) <= 10:
+                identity = replace(identity, uid=int(value), address=None)
+            case Kind.ADDRESS:
+                address = peer_address(value)
+                if address is None:
+                    raise ValueError(f"{json.dumps(value)} is no IP address")
+                identity = replace(identity, address=address)
+            case Kind.PROTOCOL if value in ("mqtt", "amqp"):
+                identity = replace(identity, protocol=value)
+            case Kind.ANONYMOUS if not colon:
+                pass
+            case _:
+                kinds = "user:NAME, cn:NAME, client:ID, uid:NUMBER, address:IP, protocol:mqtt or protocol:amqp"
+                raise ValueError(f"{json.dumps(word)} is none of {kinds} and anonymous")
+    return identity
+
+
 def _unknown_kind(text: str, name: str, value: str) -> None:
     known = f"one of {', '.join(_EXAMPLES.values())}"
     try:
@@ -392,11 +428,3 @@ def words(rule: Rule) -> str:
         if patterns
     ]
     return f"{who} may {'not ' if rule.deny else ''}{' and '.join(what) if not rule.deny else ' nor '.join(what)}"
-
-
-def needs(rules: Rules) -> Iterator[tuple[Rule, Kind]]:
-    """Each rule that can only concern peers that are known by user name, and by certificate."""
-    for rule in rules.rules:
-        for kind in (Kind.USER, Kind.CN):
-            if all(who.kind is kind for who in rule.who):
-                yield rule, kind

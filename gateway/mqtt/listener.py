@@ -11,12 +11,14 @@ import logging
 import secrets
 import socket
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Awaitable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
 from gateway.amqp.message import Message, Template, user_properties
 from gateway.broker import Broker
-from gateway.mqtt.codec import Connect, PropertiesCache, PublishProperties, Reason, TopicCache
+from gateway.mqtt.codec import Connect, PropertiesCache, PublishProperties, Reason, Subscribe, TopicCache
 from gateway.mqtt.connection import (
     Acked,
     Connected,
@@ -33,11 +35,17 @@ from gateway.mqtt.connection import (
 from gateway.mqtt.connection import Message as Published
 from gateway.routing import Route
 from gateway.sessions import Session
+from security.rules import Action
 from storeforward.errors import JournalFull
 from storeforward.journal import PENDING_BYTES_MAX, Journal
 
 log = logging.getLogger("lineside.mqtt")
 
+_CONNACK = {
+    Login.BAD_CREDENTIALS: Reason.BAD_USER_NAME_OR_PASSWORD,
+    Login.ANONYMOUS: Reason.NOT_AUTHORIZED,
+    Login.BUSY: Reason.SERVER_BUSY,
+}
 SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 HOLD_RETRY_S = 0.2
 CLOSE_WAIT_S = 2.0
@@ -53,6 +61,7 @@ class _Refused:
     """Packet ids whose messages were not taken: they are answered in their turn (MQTT 5.0 §4.6)."""
 
     packet_ids: list[bytes]
+    reason: int = Reason.QUOTA_EXCEEDED
 
 
 class MqttListener:
@@ -69,9 +78,18 @@ class MqttListener:
         self.properties = PropertiesCache()
         self.received = 0
         self.stopping = False
+        self.access: Access | None = None  # None: everybody may do everything
 
     def protocol(self) -> Client:
         return Client(self)
+
+    def rules_changed(self) -> None:
+        """Judge everybody anew. Who is away gets back what is his; it is judged when he comes."""
+        for session in self.broker.sessions.values():
+            if session.outlet is None:
+                self.broker.suspend(session, None)
+        for client in list(self.clients):
+            client.rules_changed()
 
     def stop(self) -> None:
         """Say goodbye to everybody; who has unanswered messages gets its acknowledgements first."""
@@ -96,6 +114,11 @@ class Client(asyncio.Protocol):
         self._congested = False
         self._paused = False
         self._expiry: int | None = 0
+        self._admission: Admission | None = None
+        self._permit: Permit | None = None
+        self._login: asyncio.Task[None] | None = None
+        self._deaf = False
+        self._refusals_logged = 0
         self.peer = "?"
 
     # ------------------------------------------------------------------ the socket's side
@@ -132,6 +155,8 @@ class Client(asyncio.Protocol):
         self._listener.clients.discard(self)
         if self._timer is not None:
             self._timer.cancel()
+        if self._login is not None:
+            self._login.cancel()
         self._take(self._conn.eof())
         self._leave()
         self._transport = None
@@ -166,7 +191,7 @@ class Client(asyncio.Protocol):
             if type(token) is list:
                 conn.puback(token)
             elif type(token) is _Refused:
-                conn.puback(token.packet_ids, Reason.QUOTA_EXCEEDED)
+                conn.puback(token.packet_ids, token.reason)
             else:
                 token()
         self.flush()
@@ -178,7 +203,7 @@ class Client(asyncio.Protocol):
                 if type(token) is list:
                     self._conn.puback(token, Reason.QUOTA_EXCEEDED)
                 elif type(token) is _Refused:
-                    self._conn.puback(token.packet_ids, Reason.QUOTA_EXCEEDED)
+                    self._conn.puback(token.packet_ids, token.reason)
                 elif token == self._resume:
                     token()
                 else:
@@ -203,6 +228,8 @@ class Client(asyncio.Protocol):
         self.flush()
 
     def _published(self, messages: list[Published]) -> None:
+        if self._deaf:
+            return
         if self._held:
             self._hold(messages)
             return
@@ -223,11 +250,22 @@ class Client(asyncio.Protocol):
         age_us: int | None = None
         last_topic: str | None = None
         last_qos = -1
+        may = None if self._permit is None else self._permit.publish
+        allowed = True
         for topic, qos, _retain, _dup, packet_id, payload, properties in messages:
             if topic is not last_topic or qos != last_qos:  # the usual case: a run of one topic
                 route = route_of(topic, qos)
                 last_topic, last_qos = topic, qos
+                allowed = may is None or may(topic)
             try:
+                if not allowed:
+                    go_on = self._forbidden(route, qos, payload, packet_ids, packet_id)
+                    packet_ids = []
+                    if not go_on:
+                        count = len(messages)
+                        break
+                    count += 1
+                    continue
                 if route.wanted:
                     if properties is None and route.ttl_us is None:
                         append(route.stream, topic, route.encode, payload)
@@ -288,6 +326,32 @@ class Client(asyncio.Protocol):
             self._journal.lose(error.stream, 0, "refused-qos-0", 0, self._conn.client_id)
         return True
 
+    def _forbidden(self, route: Route, qos: int, payload: bytes, before: list[bytes], packet_id: bytes) -> bool:
+        """An access rule is against it. False where nothing more is taken from this client.
+
+        QoS 0 is dropped and in the ledger; 5.0 is told so in its turn. 3.1.1 has no word for it: to acknowledge and
+        drop would be a lie that no app ever finds out, so the connection is closed (3.1.1 §3.3.5.2 leaves the choice),
+        after the acknowledgements of what came before.
+        """
+        if before:
+            self._journal.wait(self, before)
+        closing = bool(packet_id) and self._conn.version != 5
+        self._log_forbidden(Action.PUBLISH, route.topic, qos=qos, closing=closing)
+        if not packet_id:
+            self._journal.lose(route.stream.name, 0, "not-allowed", len(payload), self._conn.client_id)
+            return True
+        self._journal.wait(self, _Refused([packet_id], Reason.NOT_AUTHORIZED))
+        if closing:
+            self._deaf = True
+            self._pause()
+        return not closing
+
+    def _log_forbidden(self, action: Action, name: str, **fields: Any) -> None:
+        self._refusals_logged += 1
+        if self._permit is not None and self._refusals_logged <= LOGGED_MAX:
+            why = self._permit.why(action, name).text
+            log.warning("not allowed", extra=self._who(topic=name, why=why, **fields))
+
     def _hold(self, messages: list[Published]) -> None:
         if not self._held:
             log.info("client held: the stream is full", extra=self._who())
@@ -342,8 +406,14 @@ class Client(asyncio.Protocol):
         if self._listener.stopping:
             self._conn.refuse(Reason.SERVER_SHUTTING_DOWN)
             return
-        assigned = None if connect.client_id else f"lineside-{secrets.token_hex(8)}"
+        known = self._admission.identity.client if self._admission is not None else f"lineside-{secrets.token_hex(8)}"
+        assigned = None if connect.client_id else known
         client_id = connect.client_id or assigned or ""
+        if not self._admitted(connect, client_id):
+            return
+        self._open(connect, client_id, assigned)
+
+    def _open(self, connect: Connect, client_id: str, assigned: str | None) -> None:
         if connect.version == 5:
             asked = connect.properties.session_expiry_interval or 0
         else:
@@ -354,6 +424,7 @@ class Client(asyncio.Protocol):
             other.outlet.taken_over()
         self._session, present = self._broker.connect(client_id, connect.clean_start, self._expiry, self)
         told = self._expiry if connect.version == 5 and self._expiry != asked else None
+        self._suspend_forbidden()
         log.info("client connected", extra=self._who(client=client_id, version=connect.version, present=present))
         held = self._conn.accept(present, assigned_client_id=assigned, session_expiry_s=told)
         if self._timer is not None:  # until now it was the time allowed for CONNECT; the keep-alive may be shorter
@@ -371,13 +442,20 @@ class Client(asyncio.Protocol):
         session = self._session
         assert session is not None
         identifier = packet.properties.subscription_identifier
-        codes = self._broker.subscribe(
-            session,
-            [
-                (s.filter, s.qos, s.no_local | s.retain_as_published << 1 | s.retain_handling << 2, identifier)
-                for s in packet.subscriptions
-            ],
+        forbidden = self._forbidden_filters(packet)
+        granted = iter(
+            self._broker.subscribe(
+                session,
+                [
+                    (s.filter, s.qos, s.no_local | s.retain_as_published << 1 | s.retain_handling << 2, identifier)
+                    for s in packet.subscriptions
+                    if s.filter not in forbidden
+                ],
+            )
         )
+        codes = [
+            Reason.NOT_AUTHORIZED if s.filter in forbidden else next(granted) for s in packet.subscriptions
+        ]  # 0x80 on 3.1.1
 
         def answer() -> None:
             self._conn.suback(packet, codes)
@@ -387,6 +465,75 @@ class Client(asyncio.Protocol):
 
         # Not before the subscription is on disk: a power cut must not take what was promised.
         self._journal.wait(self, answer)
+
+    # ------------------------------------------------------------------ access
+
+    def _admitted(self, connect: Connect, client_id: str) -> bool:
+        """Whether the client is let in now. If not, it is refused, or will be asked again once its password is checked.
+
+        Meanwhile nothing more is read from it.
+        """
+        access = self._listener.access
+        if access is None:
+            return True
+        if self._admission is None:
+            assert self._transport is not None
+            claim = replace(identity_of(self._transport, "mqtt"), client=client_id, user=connect.username)
+            self._admission = access.admit(claim, connect.password)
+            if self._admission is None:
+                self._pause()
+                self._login = self._loop.create_task(self._log_in(access.authenticate(claim, connect.password)))
+                return False
+        if not self._admission.ok:
+            login = self._admission.login
+            log.warning("client refused", extra=self._who(client=client_id, why=login.value))
+            self._conn.refuse(_CONNACK[login], login.value)
+            return False
+        self._permit = access.permit(self._admission.identity)
+        will = connect.will
+        if will is not None and self._permit is not None and not self._permit.publish(will.topic):
+            self._log_forbidden(Action.PUBLISH, will.topic, client=client_id, will=True)
+            self._conn.refuse(Reason.NOT_AUTHORIZED, "the will's topic is not allowed")
+            return False
+        return True
+
+    async def _log_in(self, answer: Awaitable[Admission]) -> None:
+        try:
+            self._admission = await answer
+        finally:
+            self._login = None
+            if self._admission is None:  # cancelled, or our own mistake: nobody gets in by it
+                self._abort()
+        connect = self._conn.connect
+        if connect is not None and not self._conn.closing and self._transport is not None:
+            self._connect(connect)
+            self._listener.committer.kick()
+            self.flush()
+        self._resume()
+
+    def rules_changed(self) -> None:
+        """Other rules are in force: they count for what comes from now on, and for subscriptions there are."""
+        access = self._listener.access
+        if self._session is None or access is None or self._admission is None:
+            return
+        self._permit = access.permit(self._admission.identity)
+        self._suspend_forbidden()
+        self._broker.pump(self._session)
+
+    def _suspend_forbidden(self) -> None:
+        assert self._session is not None
+        permit = self._permit
+        for filter_ in self._broker.suspend(self._session, None if permit is None else permit.subscribe):
+            self._log_forbidden(Action.SUBSCRIBE, filter_, session=True)
+
+    def _forbidden_filters(self, packet: Subscribe) -> set[str]:
+        permit = self._permit
+        if permit is None:
+            return set()
+        forbidden = {s.filter for s in packet.subscriptions if not permit.subscribe(s.filter)}
+        for filter_ in forbidden:
+            self._log_forbidden(Action.SUBSCRIBE, filter_)
+        return forbidden
 
     # ------------------------------------------------------------------ ending
 
@@ -468,8 +615,10 @@ class Client(asyncio.Protocol):
             "client": self._conn.client_id,
             "peer": self.peer,
             "version": "5.0" if self._conn.version == 5 else "3.1.1",
+            "user": self._admission.identity.user if self._admission is not None else None,
             "durable": bool(session and session.durable),
             "subscriptions": sorted(session.subscriptions) if session else [],
+            "suspended": sorted(session.suspended) if session else [],
             "held": len(self._held),
         }
 
