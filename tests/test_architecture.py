@@ -20,6 +20,9 @@ PURE = [
     "gateway/uplink/state.py",
     "gateway/uplink/drain.py",
     "gateway/uplink/intake.py",
+    "security/rules.py",
+    "security/filters.py",
+    "security/attempts.py",
 ]
 
 

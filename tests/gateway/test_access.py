@@ -261,12 +261,17 @@ def test_on_3_1_1_a_forbidden_publish_closes_the_connection_after_what_came_befo
     tmp_path: Path,
 ) -> None:
     async def story(bench: Bench) -> None:
+        reader = await bench.welcome("reader")
+        assert await reader.subscribe(*(f"app/{n}" for n in range(1, 6))) == (1,) * 5
         peer = await bench.welcome(version=V3)
         for packet_id, topic in enumerate(["app/1", "app/2", "app/brake/3", "app/4"], 1):
             peer.say(Publish(topic, b"x", 1, packet_id=packet_id))
         first, second = await peer.hear(), await peer.hear()
         assert [each.packet_id for each in (first, second) if isinstance(each, Puback)] == [1, 2]
         assert await peer.hear() is None
+        assert await (await bench.welcome()).publish("app/5") == 0
+        heard = [await reader.hear() for _ in range(3)]
+        assert [each.topic for each in heard if isinstance(each, Publish)] == ["app/1", "app/2", "app/5"]
 
     play(tmp_path, OPEN_WITH_RULES, story)
 
@@ -275,8 +280,8 @@ def test_on_3_1_1_a_forbidden_publish_closes_the_connection_after_what_came_befo
 def test_a_subscription_is_refused_alone_in_its_packet(tmp_path: Path, version: int, refused: int) -> None:
     async def story(bench: Bench) -> None:
         peer = await bench.welcome(version=version)
-        filters = ["app/x/#", "app/#", "#", "status/+", "$SYS/#", "app/brake/x", "+/x", "app"]
-        granted = [1, refused, refused, 1, refused, refused, refused, 1]
+        filters = ["app/x/#", "app/#", "app/+", "#", "status/+", "$SYS/#", "app/brake/x", "+/x", "app"]
+        granted = [1, refused, refused, refused, 1, refused, refused, refused, 1]  # app/brake/# takes app/brake
         assert await peer.subscribe(*filters) == tuple(granted)
         assert await peer.subscribe("$share/g/other/#") == (refused,)
 
@@ -400,7 +405,7 @@ def test_failed_logins_are_answered_later_and_later_and_right_ones_at_once(tmp_p
         assert took[2] >= 1.0
         began = time.monotonic()
         await bench.welcome(user="anna", password=b"secret")
-        assert time.monotonic() - began < 0.25
+        assert time.monotonic() - began < 1.5  # a fourth failure would take 2 s
 
     play(tmp_path, CLOSED, story, anna=b"secret")
 
@@ -411,7 +416,8 @@ def test_a_changed_password_counts_from_the_next_login_and_a_damaged_file_change
     async def story(bench: Bench) -> None:
         await bench.welcome(user="anna", password=b"secret")
         bench.user("anna", b"new")
-        assert await bench.refused(user="anna", password=b"secret") == 0x86
+        for _ in range(2):  # the first makes it read the file, the second must not find what was right before
+            assert await bench.refused(user="anna", password=b"secret") == 0x86
         await bench.welcome(user="anna", password=b"new")
         (bench.path / "passwords").write_text("nonsense\n")
         await bench.welcome(user="anna", password=b"new")
