@@ -35,6 +35,7 @@ from security.rules import Action, Clause, Identity, Rules, Verdict
 log = logging.getLogger("lineside.access")
 
 ANSWERS_MAX: Final = 1000  # remembered of one connection and kind
+NAME_CHARS_MAX: Final = 256  # longer names are judged anew each time, so that nobody fills memory with them
 CHECKS_WAITING_MAX: Final = 256  # logins that wait for the hashing thread
 DELAYED_MAX: Final = 256  # refusals held back at a time
 KNOWN_MAX: Final = 1024  # users whose password was right since the file changed
@@ -101,6 +102,8 @@ class Permit:
 
 
 def _remember(answers: dict[str, bool], name: str, answer: bool) -> None:
+    if len(name) > NAME_CHARS_MAX:
+        return
     if len(answers) >= ANSWERS_MAX:
         answers.clear()
     answers[name] = answer

@@ -5,6 +5,7 @@ A password is typed, or read from standard input; never an argument, which every
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -61,7 +62,14 @@ def passwd(
                 entry = passwords.hash_password(password)
             except ValueError as error:
                 raise click.UsageError(str(error)) from None
+            new = not file.exists()
             done = "changed" if passwords.update(file, user, entry) else "added"
+            if new and os.geteuid() == 0:  # later changes keep owner, group and the group's right to read
+                click.echo(
+                    safe(f"note: only root can read {file}; for a gateway that runs as lineside: ")
+                    + safe(f"chgrp lineside {file} && chmod 640 {file}"),
+                    err=True,
+                )
     except PasswordFileError as error:
         raise PasswdError(str(error)) from None
     if as_json:

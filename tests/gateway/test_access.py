@@ -585,6 +585,9 @@ def test_a_permit_remembers_no_more_than_its_bound() -> None:
         assert permit.send(f"a/{n}")
         assert permit.receive(f"a/{n}/#")
     assert max(len(permit._publish), len(permit._subscribe)) <= ANSWERS_MAX
+    long = Permit(access_module.rules_of(config), LOCAL)
+    assert long.publish("a/" + "x" * 60_000)
+    assert not long._publish
     assert not Permit(Rules(access_module.rules_of(config).rules, "a"), FAR).publish("b")
 
 
