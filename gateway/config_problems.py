@@ -109,6 +109,8 @@ class Report:
     def _value(self, loc: KeyPath) -> Any:
         here: Any = self._raw
         for step in loc:
+            if isinstance(here, str):  # a word that may stand without the brackets of its array
+                return here
             try:
                 here = here[step]
             except (KeyError, IndexError, TypeError):

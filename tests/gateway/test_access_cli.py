@@ -94,6 +94,11 @@ def test_each_mistake_is_told_with_its_line_and_key(
     assert found.expected
 
 
+def test_a_word_without_brackets_is_quoted_whole(home: Path) -> None:
+    with pytest.raises(ConfigErrors, match=r'found "train/\{x\}/#", expected only the placeholders'):
+        loads(GOOD.replace("train/brake/#", "train/{x}/#"), base=home)
+
+
 def test_a_rule_about_users_needs_a_password_file(home: Path) -> None:
     text = GOOD.replace('password_file = "passwords"', "allow_anonymous = true").replace(', "cn:*.example"', "")
     with pytest.raises(ConfigErrors) as caught:
