@@ -13,6 +13,7 @@ PURE = [
     "gateway/mqtt/codec.py",
     "gateway/mqtt/connection.py",
     "gateway/mqtt/topics.py",
+    "gateway/mqtt/websocket.py",
     "gateway/amqp/engine.py",
     "gateway/amqp/raw.py",
     "gateway/amqp/sasl.py",

@@ -33,6 +33,7 @@ from gateway.mqtt.connection import (
 from gateway.mqtt.connection import Message as Published
 from gateway.mqtt.mapping import append_with, to_mqtt
 from gateway.sessions import Session
+from security.identity import CertificateIdentity, certificate_identity
 from storeforward.errors import JournalFull
 from storeforward.journal import PENDING_BYTES_MAX, Journal
 
@@ -97,6 +98,7 @@ class Client(asyncio.Protocol):
         self._paused = False
         self._expiry: int | None = 0
         self.peer = "?"
+        self.identity: CertificateIdentity | None = None  # who the client's certificate says it is, verified
 
     # ------------------------------------------------------------------ the socket's side
 
@@ -106,6 +108,7 @@ class Client(asyncio.Protocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.identity = certificate_identity(transport.get_extra_info("peercert"))
         peer = transport.get_extra_info("peername")
         self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
@@ -445,6 +448,7 @@ class Client(asyncio.Protocol):
         return {
             "client": self._conn.client_id,
             "peer": self.peer,
+            "certificate": None if self.identity is None else str(self.identity),
             "version": "5.0" if self._conn.version == 5 else "3.1.1",
             "durable": bool(session and session.durable),
             "subscriptions": sorted(session.subscriptions) if session else [],
