@@ -29,6 +29,7 @@ from gateway.config import Config
 from gateway.errors import ConfigError
 from security import passwords, rules
 from security.attempts import FailedLogins, source
+from security.identity import certificate_identity
 from security.passwords import PasswordFileError, Passwords
 from security.rules import Action, Clause, Identity, Rules, Verdict
 
@@ -284,8 +285,12 @@ def identity_of(transport: asyncio.BaseTransport, protocol: str) -> Identity:
     if sock is not None and sock.family == socket.AF_UNIX:
         uid = _peer_uid(sock)
     address = rules.peer_address(peer[0]) if isinstance(peer, tuple) else None
-    cn, names = _certificate_names(transport.get_extra_info("peercert") or {})
-    return Identity(protocol, cn=cn, names=names, uid=uid, address=address)
+    shown = certificate_identity(transport.get_extra_info("peercert"))
+    if shown is None:
+        return Identity(protocol, uid=uid, address=address)
+    cn = shown.common_name or None
+    names = dict.fromkeys([*([cn] if cn else []), *shown.dns_names, *shown.uris, *shown.emails])
+    return Identity(protocol, cn=cn, names=tuple(names), uid=uid, address=address)
 
 
 def _peer_uid(sock: Any) -> int | None:
@@ -295,14 +300,3 @@ def _peer_uid(sock: Any) -> int | None:
         return None
     _pid, uid, _gid = struct.unpack("3i", credentials)
     return int(uid)
-
-
-def _certificate_names(certificate: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
-    """Common name and all names of `ssl.SSLSocket.getpeercert()`, which is empty unless verified.
-
-    Of several common names none is taken: which one is meant would be a guess.
-    """
-    subject = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
-    cn = subject[0] if len(subject) == 1 else None
-    others = [value for kind, value in certificate.get("subjectAltName", ()) if kind in ("DNS", "URI", "email")]
-    return cn, tuple(dict.fromkeys([*([cn] if cn is not None else []), *others]))

@@ -12,8 +12,8 @@ import os
 import resource
 import signal
 import socket
-import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,18 @@ from gateway.access import Access
 from gateway.amqp.listener import AmqpListener
 from gateway.broker import Broker
 from gateway.committer import Committer
-from gateway.config import Config, Listen, load
+from gateway.config import Amqp, Config, Listen, Mqtt, load
 from gateway.control import ControlServer
 from gateway.errors import ConfigError, LinesideError
 from gateway.mqtt.connection import Limits
 from gateway.mqtt.listener import MqttListener
+from gateway.mqtt.websocket import Rules
+from gateway.mqtt.websocket_driver import WebSocketProtocol
 from gateway.notify import Notifier, set_up_logging
+from gateway.transports import Handshakes, ServerTls, TlsFiles, open_server
 from gateway.uplink import netlink
 from gateway.uplink.hub import HubLink
+from security.tls import TLSFileError
 from storeforward import maintenance
 from storeforward.errors import JournalError
 from storeforward.journal import Batch, Journal
@@ -57,6 +61,8 @@ class App:
         self._error: JournalError | None = None
         self._began = time.monotonic()
         self._servers: list[asyncio.Server] = []
+        self._handshakes: list[Handshakes] = []
+        self._certificates: list[ServerTls] = []
         self._hubs: list[HubLink] = []
         self._mqtt: MqttListener | None = None
         self._amqp: AmqpListener | None = None
@@ -126,8 +132,7 @@ class App:
             )
             self._mqtt = MqttListener(self.broker, self.committer, limits, mqtt.clients_max, mqtt.session_expiry_max_s)
             self._mqtt.access = self.access
-            for listen in mqtt.listen:
-                await self._serve(self._mqtt.protocol, listen, "mqtt")
+            await self._serve(self._mqtt.protocol, mqtt, mqtt.clients_max, "mqtt")
         amqp = config.amqp
         if amqp is not None:
             self._amqp = AmqpListener(
@@ -139,22 +144,29 @@ class App:
                 idle_timeout_s=amqp.idle_timeout_s,
                 window=amqp.window,
             )
-            for listen in amqp.listen:
-                await self._serve(self._amqp.protocol, listen, "amqp")
+            await self._serve(self._amqp.protocol, amqp, amqp.connections_max, "amqp")
 
-    async def _serve(self, factory: Any, listen: Listen, what: str) -> None:
-        try:
-            if listen.path:
-                _clear_socket(listen.path)
-                server = await self._loop.create_unix_server(factory, listen.path)
-            else:
-                server = await self._loop.create_server(factory, listen.host, listen.port, backlog=1024)
-        except OSError as error:
-            raise StartError(
-                f"[{what}] listen {listen}: {error.strerror}; another program may use it, choose another address"
-            ) from error
-        self._servers.append(server)
-        log.info("listening", extra={"protocol": what, "address": str(listen)})
+    async def _serve(self, factory: Any, table: Mqtt | Amqp, connections_max: int, what: str) -> None:
+        """Open every address of a listener's table. Raises StartError."""
+        tls: ServerTls | None = None
+        if table.cert is not None and table.key is not None:
+            try:
+                tls = ServerTls(TlsFiles(table.cert, table.key, table.client_ca, table.asks_for))
+            except TLSFileError as error:
+                raise StartError(f"[{what}] {error}") from error
+            self._certificates.append(tls)
+        handshakes = Handshakes(connections_max)
+        self._handshakes.append(handshakes)
+        origins = frozenset(table.ws_origins) if isinstance(table, Mqtt) else frozenset()
+        for listen in table.listen:
+            make = _over_websocket(factory, listen, origins, handshakes) if listen.websocket else factory
+            try:
+                self._servers.append(await open_server(make, listen, handshakes, tls))
+            except OSError as error:
+                raise StartError(
+                    f"[{what}] listen {listen}: {error.strerror}; another program may use it, choose another address"
+                ) from error
+            log.info("listening", extra={"protocol": what, "address": str(listen)})
 
     def _start_hubs(self) -> None:
         config = self.config
@@ -243,6 +255,8 @@ class App:
         self.access.reload(config)
         if self._mqtt is not None:
             self._mqtt.rules_changed()
+        for tls in self._certificates:
+            tls.renew()
         if (old.hubs, old.outbound, old.inbound) != (config.hubs, config.outbound, config.inbound):
             for hub in self._hubs:
                 hub.stop()
@@ -258,6 +272,8 @@ class App:
         log.info("stopping")
         for server in self._servers:
             server.close()
+        for handshakes in self._handshakes:
+            handshakes.stop()
         failed = self._error is not None
         if not failed:
             try:
@@ -359,13 +375,11 @@ class App:
         return {"count": count}
 
 
-def _clear_socket(path: str) -> None:
-    """A Unix socket that a killed daemon left behind must not keep this one from starting; other files stay."""
-    try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
-    except FileNotFoundError:
-        pass
+def _over_websocket(
+    factory: Any, listen: Listen, origins: frozenset[str], handshakes: Handshakes
+) -> Callable[[], WebSocketProtocol]:
+    rules = Rules(listen.url_path, origins, listen.loopback)
+    return lambda: WebSocketProtocol(factory, rules, handshakes)
 
 
 def _quantile_ms(values: list[float], share: float) -> float:

@@ -43,6 +43,7 @@ from gateway.config_values import (
     parse_duration,
     parse_hub_url,
     parse_listen,
+    parse_origin,
     parse_size,
     show_duration,
     show_size,
@@ -167,16 +168,25 @@ def _template(*known: str, topic: bool = False) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _listen(port_default: int) -> BeforeValidator:
+def _listen(protocol: str) -> BeforeValidator:
     def check(value: object) -> Listen:
         if not isinstance(value, str):
-            raise _wrong('"host:port" or "unix:/path"', f'"127.0.0.1:{port_default}"')
+            raise _wrong('"host:port" or "unix:/path"', json.dumps(LISTEN_DEFAULT[protocol]))
         try:
-            return parse_listen(value, port_default)
+            return parse_listen(value, protocol)
         except ValueError as error:
             raise _from_value_error(error) from None
 
     return BeforeValidator(check)
+
+
+def _check_origin(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_origin(value)
+    except ValueError as error:
+        raise _from_value_error(error) from None
 
 
 def _check_url(value: object) -> HubUrl:
@@ -235,10 +245,26 @@ class Gateway(_Table):
     accept_loss: AcceptLoss = False
 
 
-class Mqtt(_Table):
+class _Listener(_Table):
+    """What every listener's table may say of TLS, users and passwords."""
+
+    cert: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.pem"])
+    key: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.key"])
+    client_ca: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/ca.pem"])
+    client_cert: Literal["none", "optional", "required"] = "required"
+    password_file: FilePath | None = Field(default=None, examples=["/etc/lineside/passwords"])
+    allow_anonymous: StrictBool | None = None
+
+    @property
+    def asks_for(self) -> Literal["none", "optional", "required"]:
+        """Whether clients have to show a certificate; nobody can be asked without a `client_ca`."""
+        return self.client_cert if self.client_ca is not None else "none"
+
+
+class Mqtt(_Listener):
     """`[mqtt]`: the local MQTT listener."""
 
-    listen: tuple[Annotated[Listen, _listen(1883)], ...] = Field(
+    listen: tuple[Annotated[Listen, _listen("mqtt")], ...] = Field(
         default=(parse_listen(LISTEN_DEFAULT["mqtt"]),), min_length=1, max_length=16, examples=[["127.0.0.1:1883"]]
     )
     allow_plaintext: Plaintext = False
@@ -252,14 +278,15 @@ class Mqtt(_Table):
         default=30 * 86400.0, alias="session_expiry_max", examples=["30d"]
     )
     session_max_messages: Count = 100_000
-    password_file: FilePath | None = Field(default=None, examples=["/etc/lineside/passwords"])
-    allow_anonymous: StrictBool | None = None
+    ws_origins: tuple[Annotated[str, BeforeValidator(_check_origin)], ...] = Field(
+        default=(), max_length=100, examples=[["https://hmi.example"]]
+    )
 
 
-class Amqp(_Table):
+class Amqp(_Listener):
     """`[amqp]`: the local AMQP 1.0 listener."""
 
-    listen: tuple[Annotated[Listen, _listen(5672)], ...] = Field(
+    listen: tuple[Annotated[Listen, _listen("amqp")], ...] = Field(
         default=(parse_listen(LISTEN_DEFAULT["amqp"]),), min_length=1, max_length=16, examples=[["127.0.0.1:5672"]]
     )
     allow_plaintext: Plaintext = False
@@ -269,8 +296,6 @@ class Amqp(_Table):
     connections_max: Annotated[StrictInt, Field(ge=1, le=100_000)] = 1000
     idle_timeout_s: Timeout = Field(default=60.0, alias="idle_timeout", examples=["60s"])
     window: Annotated[StrictInt, Field(ge=1, le=65535)] = 1000
-    password_file: FilePath | None = Field(default=None, examples=["/etc/lineside/passwords"])
-    allow_anonymous: StrictBool | None = None
 
 
 class Hub(_Table):
@@ -498,13 +523,13 @@ def _explain_listeners(config: Config) -> list[str]:
         where = ", ".join(str(listen) for listen in config.mqtt.listen)
         limits = f"{config.mqtt.clients_max} clients, packets up to {show_size(config.mqtt.packet_max_bytes)}"
         lines.append(f"MQTT on {where}: at most {limits}")
-        if not all(listen.loopback for listen in config.mqtt.listen):
-            lines.append("note: MQTT without TLS can be reached from other machines")
+        lines += _explain_tls("MQTT", config.mqtt, config.mqtt.listen)
+        if "*" in config.mqtt.ws_origins and any(listen.websocket for listen in config.mqtt.listen):
+            lines.append('note: any web page that a browser here shows may connect, as ws_origins has "*"')
     if config.amqp:
         where = ", ".join(str(listen) for listen in config.amqp.listen)
         lines.append(f"AMQP on {where}: at most {config.amqp.connections_max} connections")
-        if not all(listen.loopback for listen in config.amqp.listen):
-            lines.append("note: AMQP without TLS can be reached from other machines")
+        lines += _explain_tls("AMQP", config.amqp, config.amqp.listen)
     if not lines:
         lines.append("note: nothing listens, so no app can reach this gateway: add [mqtt]")
     return lines
@@ -531,6 +556,28 @@ def _explain_access(config: Config) -> list[str]:
             )
         if file is not None and _readable_by_all(file):
             lines.append(f"note: {file} can be read by every user: chmod 640 {file}")
+    return lines
+
+
+_CLIENT_CERT = {
+    "none": "clients are not asked for a certificate",
+    "optional": "clients may show a certificate, which {ca} must have issued",
+    "required": "clients must show a certificate that {ca} issued",
+}
+
+
+def _explain_tls(what: str, listener: _Listener, listens: tuple[Listen, ...]) -> list[str]:
+    lines: list[str] = []
+    secure = [str(listen) for listen in listens if listen.tls]
+    if secure:
+        clients = _CLIENT_CERT[listener.asks_for].format(ca=listener.client_ca)
+        lines.append(f"{what} with TLS on {', '.join(secure)}: certificate {listener.cert}; {clients}")
+        if listener.key is not None and _readable_by_all(listener.key):
+            lines.append(f"note: {listener.key} can be read by every user: chmod 640 {listener.key}")
+    elif listener.cert is not None:
+        lines.append(f"note: {what} has a cert and no address with TLS to use it on")
+    if not all(listen.loopback or listen.tls for listen in listens):
+        lines.append(f"note: {what} without TLS can be reached from other machines")
     return lines
 
 

@@ -33,6 +33,7 @@ from gateway.broker import Broker
 from gateway.mqtt.topics import check_topic, filter_matches
 from gateway.uplink.drain import Drain
 from gateway.uplink.intake import Intake
+from security.identity import CertificateIdentity, certificate_identity
 from storeforward.streams import Row, Stream
 
 log = logging.getLogger("lineside.amqp")
@@ -87,6 +88,7 @@ class Peer:
         self._broker = listener.broker
         self._loop = asyncio.get_running_loop()
         self._container = ""
+        self.identity: CertificateIdentity | None = None  # who the peer's certificate says it is, verified
         self._retry: asyncio.TimerHandle | None = None
         self.protocol: AmqpProtocol
         self._drains: dict[Sender, Drain] = {}
@@ -94,6 +96,7 @@ class Peer:
         self._volatile: dict[Sender, Stream] = {}
 
     def engine(self, transport: asyncio.Transport) -> Engine:
+        self.identity = certificate_identity(transport.get_extra_info("peercert"))
         return Engine(
             server=True,
             container=self._listener.container,

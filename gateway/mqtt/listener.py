@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
-from gateway.amqp.message import Message, Template, user_properties
+from gateway.amqp.message import Message
 from gateway.broker import Broker
-from gateway.mqtt.codec import Connect, PropertiesCache, PublishProperties, Reason, Subscribe, TopicCache
+from gateway.mqtt.codec import Connect, PropertiesCache, Reason, Subscribe, TopicCache
 from gateway.mqtt.connection import (
     Acked,
     Connected,
@@ -33,8 +33,10 @@ from gateway.mqtt.connection import (
     Unsubscribed,
 )
 from gateway.mqtt.connection import Message as Published
+from gateway.mqtt.mapping import append_with, to_mqtt
 from gateway.routing import Route
 from gateway.sessions import Session
+from security.identity import CertificateIdentity, certificate_identity
 from security.rules import Action
 from storeforward.errors import JournalFull
 from storeforward.journal import PENDING_BYTES_MAX, Journal
@@ -120,6 +122,7 @@ class Client(asyncio.Protocol):
         self._deaf = False
         self._refusals_logged = 0
         self.peer = "?"
+        self.identity: CertificateIdentity | None = None  # who the client's certificate says it is, verified
 
     # ------------------------------------------------------------------ the socket's side
 
@@ -129,6 +132,7 @@ class Client(asyncio.Protocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.identity = certificate_identity(transport.get_extra_info("peercert"))
         peer = transport.get_extra_info("peername")
         self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
@@ -172,7 +176,7 @@ class Client(asyncio.Protocol):
         return self._congested or self._transport is None or self._conn.closing
 
     def publish(self, topic: str, message: Message, qos: int, dup: bool) -> int | None:
-        properties = _to_mqtt(message) if self._conn.version == 5 else None
+        properties = to_mqtt(message) if self._conn.version == 5 else None
         try:
             return self._conn.publish(topic, message.body, qos, dup=dup, properties=properties)
         except TooLargeForPeer:
@@ -243,36 +247,39 @@ class Client(asyncio.Protocol):
     def _append(self, messages: list[Published]) -> int:
         """Stage messages; return how many were dealt with, which is fewer only where the rest has to be held."""
         journal = self._journal
-        router = self._broker.router
-        append, route_of = journal.append, router.route
+        route_of = self._broker.router.route
         packet_ids: list[bytes] = []
-        count = 0
         age_us: int | None = None
-        last_topic: str | None = None
-        last_qos = -1
         may = None if self._permit is None else self._permit.publish
-        allowed = True
-        for topic, qos, _retain, _dup, packet_id, payload, properties in messages:
-            if topic is not last_topic or qos != last_qos:  # the usual case: a run of one topic
-                route = route_of(topic, qos)
-                last_topic, last_qos = topic, qos
-                allowed = may is None or may(topic)
+        at, count = 0, len(messages)
+        while at < count:
+            topic, qos, _, _, packet_id, payload, properties = messages[at]
+            route = route_of(topic, qos)
+            if may is not None and not may(topic):
+                go_on = self._forbidden(route, qos, payload, packet_ids, packet_id)
+                packet_ids = []
+                if not go_on:
+                    at = count
+                    break
+                at += 1
+                continue
             try:
-                if not allowed:
-                    go_on = self._forbidden(route, qos, payload, packet_ids, packet_id)
-                    packet_ids = []
-                    if not go_on:
-                        count = len(messages)
-                        break
-                    count += 1
-                    continue
-                if route.wanted:
-                    if properties is None and route.ttl_us is None:
-                        append(route.stream, topic, route.encode, payload)
-                    else:
-                        if age_us is None:
-                            age_us = journal.age_us()
-                        self._append_with(route, qos, payload, properties, age_us)
+                if not route.wanted:
+                    pass
+                elif properties is None and route.ttl_us is None:
+                    run = _run_of(messages, at)
+                    if len(run) > 1:
+                        done = journal.append_run(route.stream, topic, route.encode, [m[5] for m in run])
+                        if qos:
+                            packet_ids += [m[4] for m in run[:done]]
+                        at += done
+                        if done:
+                            continue
+                    journal.append(route.stream, topic, route.encode, payload)
+                else:
+                    if age_us is None:
+                        age_us = journal.age_us()
+                    append_with(journal, self._broker.router.identity, route, qos, payload, properties, age_us)
             except JournalFull as error:
                 if not self._full(error, packet_ids, packet_id):
                     break
@@ -280,38 +287,11 @@ class Client(asyncio.Protocol):
             else:
                 if qos:
                     packet_ids.append(packet_id)
-            count += 1
+            at += 1
         if packet_ids:
             journal.wait(self, packet_ids)
-        self._listener.received += count
-        return count
-
-    def _append_with(
-        self, route: Route, qos: int, payload: bytes, properties: PublishProperties | None, age_us: int
-    ) -> None:
-        ttl_us = route.ttl_us
-        encode = route.encode
-        if properties is not None:
-            if properties.message_expiry_interval is not None:
-                asked_us = properties.message_expiry_interval * 1_000_000
-                ttl_us = asked_us if ttl_us is None else min(ttl_us, asked_us)
-            gateway, epoch = self._broker.router.identity
-            encode = Template(
-                gateway,
-                epoch,
-                route.stream.name,
-                route.address,
-                route.topic,
-                None if ttl_us is None else min(ttl_us // 1000, 0xFFFFFFFF),
-                content_type=properties.content_type,
-                reply_to=properties.response_topic,
-                correlation_id=properties.correlation_data,
-                user_properties=properties.user_property,
-                duplicate_property=route.duplicate_property,
-                qos=qos,
-            ).encode
-        expires = None if ttl_us is None else age_us + ttl_us
-        self._journal.append(route.stream, route.topic, encode, payload, expires)
+        self._listener.received += at
+        return at
 
     def _full(self, error: JournalFull, before: list[bytes], packet_id: bytes) -> bool:
         """A stream is full: QoS 0 is lost and in the ledger, 5.0 is refused, 3.1.1 is held. True to go on."""
@@ -614,6 +594,7 @@ class Client(asyncio.Protocol):
         return {
             "client": self._conn.client_id,
             "peer": self.peer,
+            "certificate": None if self.identity is None else str(self.identity),
             "version": "5.0" if self._conn.version == 5 else "3.1.1",
             "user": self._admission.identity.user if self._admission is not None else None,
             "durable": bool(session and session.durable),
@@ -623,18 +604,13 @@ class Client(asyncio.Protocol):
         }
 
 
-def _to_mqtt(message: Message) -> PublishProperties | None:
-    pairs = tuple(user_properties(message))
-    correlation = message.correlation_id
-    if isinstance(correlation, str):
-        correlation = correlation.encode()
-    if not isinstance(correlation, bytes):
-        correlation = None if correlation is None else str(correlation).encode()
-    if not (pairs or correlation or message.reply_to or message.content_type):
-        return None
-    return PublishProperties(
-        response_topic=message.reply_to,
-        correlation_data=correlation,
-        content_type=message.content_type,
-        user_property=pairs,
-    )
+def _run_of(messages: list[Published], at: int) -> list[Published]:
+    """The messages from `at` on that differ in nothing but packet id and payload, and have no properties."""
+    topic, qos = messages[at][0], messages[at][1]
+    end, count = at + 1, len(messages)
+    while end < count:  # HOT: tests/bench, intake
+        message = messages[end]
+        if message[0] is not topic or message[6] is not None or message[1] != qos:
+            break
+        end += 1
+    return messages if end - at == count else messages[at:end]
