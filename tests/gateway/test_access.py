@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sqlite3
+import ssl
 import struct
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import paho.mqtt.client as paho
 import pytest
@@ -49,7 +50,9 @@ from security import passwords
 from security.attempts import FailedLogins
 from security.passwords import Cost, hash_password
 from security.rules import Identity, Rules
-from tests.daemon import Daemon
+from security.tls import client_context
+from tests.daemon import Daemon, free_port
+from tests.pki import Pki
 
 WAIT_S = 10.0
 CHEAP = Cost(10, 8, 1)
@@ -630,13 +633,26 @@ subscribe = ["{{user}}/#", "commands/+"]
 class App5:
     """A paho client of either version, and what it was told."""
 
-    def __init__(self, port: int, version: MQTTProtocolVersion, user: str | None, password: str | None) -> None:
+    def __init__(
+        self,
+        port: int,
+        version: MQTTProtocolVersion,
+        user: str | None,
+        password: str | None,
+        transport: Literal["tcp", "websockets"] = "tcp",
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.version = version
         self.connected, self.gone, self.told = threading.Event(), threading.Event(), threading.Event()
         self.reason = -1
         self.answers: list[int] = []
-        client = self.client = paho.Client(CallbackAPIVersion.VERSION2, client_id="app", protocol=version)
-        client.username_pw_set(user, password)
+        client = self.client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id="app", protocol=version, transport=transport
+        )
+        if user is not None:
+            client.username_pw_set(user, password)
+        if tls is not None:
+            client.tls_set_context(tls)
         client.on_connect = self._connect
         client.on_disconnect = lambda *_: self.gone.set()
         client.on_subscribe = lambda _c, _d, _m, reasons, _p: self._told([r.value for r in reasons])
@@ -749,3 +765,51 @@ def test_a_unix_socket_shows_whose_process_it_is(tmp_path: Path) -> None:
     finally:
         daemon.end()
         Path(path).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("scheme", ["mqtts", "wss"])
+def test_a_certificate_is_an_identity_over_tls_and_websocket(tmp_path: Path, pki: Pki, scheme: str) -> None:
+    port = free_port()
+    mqtts = f"""
+[gateway]
+id = "loco"
+state_dir = "{{state}}"
+[mqtt]
+listen = ["127.0.0.1:{{port}}", "{scheme}://127.0.0.1:{port}"]
+cert = "{pki.server.cert}"
+key = "{pki.server.key}"
+client_ca = "{pki.ca}"
+client_cert = "optional"
+[[access]]
+who = "cn:loco-*"
+publish = "by/{{{{cn}}}}/#"
+"""
+    daemon = Daemon(tmp_path, mqtts)
+    try:
+        daemon.status()
+        transport: Literal["tcp", "websockets"] = "websockets" if scheme == "wss" else "tcp"
+        for certificate, welcome in ((pki.client, 0), (None, 0x87)):
+            context = client_context(
+                pki.ca, certificate.cert if certificate else None, certificate.key if certificate else None
+            )
+            app = App5(port, MQTTProtocolVersion.MQTTv5, None, None, transport, context)
+            assert app.reason == welcome
+            if certificate is not None:
+                for topic, reason in (("by/loco-4711/x", 0), ("by/loco-4712/x", 0x87)):
+                    app.client.publish(topic, b"x", 1)
+                    assert app.wait() == [reason]
+            app.close()
+    finally:
+        daemon.end()
+
+
+def test_runs_of_one_topic_are_judged_once_and_answered_in_their_turn(tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        peer = await bench.welcome()
+        run = [topic for topic in ("app/x", "app/brake/x", "app/x", "other") for _ in range(20)]
+        peer.writer.write(b"".join(codec.encode(Publish(t, b"x", 1, packet_id=n), V5) for n, t in enumerate(run, 1)))
+        answers = [await peer.hear() for _ in run]
+        told = [(each.packet_id, each.reason) for each in answers if isinstance(each, Puback)]
+        assert told == [(n, 0 if topic == "app/x" else 0x87) for n, topic in enumerate(run, 1)]
+
+    play(tmp_path, OPEN_WITH_RULES, story)
