@@ -19,6 +19,7 @@ from typing import Any
 
 import gateway
 from gateway import sys_topics
+from gateway.access import Access
 from gateway.amqp.listener import AmqpListener
 from gateway.broker import Broker
 from gateway.committer import Committer
@@ -73,6 +74,7 @@ class App:
         self.journal: Journal
         self.broker: Broker
         self.committer: Committer
+        self.access: Access
 
     # ------------------------------------------------------------------ up
 
@@ -89,6 +91,7 @@ class App:
         if config.gateway.synchronous != "FULL":
             log.warning("acknowledged messages may be lost in a power cut: synchronous is not FULL")
         self.broker = Broker(config, self.journal)
+        self.access = Access(config)
         self.committer = Committer(self.journal, self._loop, self._committed, self._fatal)
         await self._listen()
         self._start_hubs()
@@ -139,6 +142,7 @@ class App:
             )
             self._mqtt = MqttListener(self.broker, self.committer, limits, mqtt.clients_max, mqtt.session_expiry_max_s)
             self._mqtt.figures = lambda: sys_topics.figures(self._status({}))
+            self._mqtt.access = self.access
             await self._serve(self._mqtt.protocol, mqtt, mqtt.clients_max, "mqtt")
         amqp = config.amqp
         if amqp is not None:
@@ -282,6 +286,9 @@ class App:
         self.config = config
         logging.getLogger().setLevel(config.gateway.log_level.upper())
         self.broker.reload(config)
+        self.access.reload(config)
+        if self._mqtt is not None:
+            self._mqtt.rules_changed()
         for tls in self._certificates:
             tls.renew()
         if (old.hubs, old.outbound, old.inbound) != (config.hubs, config.outbound, config.inbound):
@@ -326,6 +333,7 @@ class App:
             except TimeoutError:
                 log.error("cursors of the last moment were not stored; some messages will be sent again")
         self.committer.stop()
+        self.access.stop()
         if failed:
             log.critical("stopped by a journal error; the next start deals with it", extra={"error": str(self._error)})
             return 1

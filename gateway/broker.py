@@ -303,6 +303,8 @@ class Broker:
                     if want is not None and want.at(stream.name, row.seq) is not None:
                         self.journal.lose(stream.name, row.seq, "session-limit", len(row.body), session.cursor_name)
                 self.journal.advance(stream, feed.cursor, end)
+                feed.next = max(feed.next, end)
+                feed.parked = False
 
     # ------------------------------------------------------------------ wills
 
@@ -345,6 +347,7 @@ class Broker:
             granted = qos if share is None else min(qos, SHARED_QOS_MAX)
             old = session.subscriptions.get(filter_)
             since = old.since if old is not None else self._since(session, inner)
+            session.suspended.pop(filter_, None)
             self._subscribed(session, filter_, granted, options, identifier, since)
             if share is None:
                 self._feed(session)
@@ -435,7 +438,7 @@ class Broker:
     def unsubscribe(self, session: Session, filters: Iterable[str]) -> list[int]:
         codes: list[int] = []
         for filter_ in filters:
-            had = self._unsubscribed(session, filter_)
+            had = self._unsubscribed(session, filter_) or session.suspended.pop(filter_, None)
             if had is not None and session.durable:
                 self.journal.execute(
                     "DELETE FROM mqtt_subscription WHERE client_id = ? AND filter = ?", (session.client_id, filter_)
@@ -448,6 +451,31 @@ class Broker:
     def _subscriptions_changed(self) -> None:
         self._audiences.clear()
         self.router.forget()
+
+    def suspend(self, session: Session, allowed: Callable[[str], bool] | None) -> list[str]:
+        """Deliver only what is allowed (None: everything); return the filters that are not.
+
+        They stay the session's, also in the journal, so that rules that allow them again bring them back; what is
+        published in between is not kept for them.
+        """
+        every = [*session.subscriptions, *session.suspended]
+        forbidden = set() if allowed is None else {f for f in every if not allowed(f)}
+        back = [f for f in session.suspended if f not in forbidden]
+        gone = [f for f in session.subscriptions if f in forbidden]
+        for filter_ in back:
+            s = session.suspended.pop(filter_)
+            since = self._since(session, s.filter)
+            self._subscribed(session, filter_, s.qos, s.options, s.identifier, since)
+            if s.share is not None:
+                self._feed_share(session.groups[filter_])
+        for filter_ in gone:
+            had = self._unsubscribed(session, filter_)
+            assert had is not None
+            session.suspended[filter_] = had
+        if back or gone:
+            self._feed(session)
+            self._subscriptions_changed()
+        return list(session.suspended)
 
     def _feed(self, session: Session) -> None:
         """Give the session a cursor on every stream its filters can match, and none on others.

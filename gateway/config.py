@@ -22,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     StrictBool,
     StrictInt,
     ValidationError,
@@ -49,8 +50,10 @@ from gateway.config_values import (
     topic_filter_fault,
 )
 from gateway.toml_lines import key_lines
+from security.rules import Action, Rule, Who, check_pattern, parse_who, words
 
 __all__ = [
+    "Access",
     "Amqp",
     "Config",
     "ConfigErrors",
@@ -195,6 +198,29 @@ def _check_url(value: object) -> HubUrl:
         raise _from_value_error(error) from None
 
 
+def _check_who(value: object) -> Who:
+    try:
+        return parse_who(value)
+    except ValueError as error:
+        raise _from_value_error(error) from None
+
+
+def _pattern(action: Action) -> BeforeValidator:
+    def check(value: object) -> object:
+        try:
+            check_pattern(value, action)
+        except ValueError as error:
+            raise _from_value_error(error) from None
+        return value
+
+    return BeforeValidator(check)
+
+
+def _listed(value: object) -> object:
+    """One word needs no brackets."""
+    return [value] if isinstance(value, str) else value
+
+
 Name = Annotated[str, BeforeValidator(_check_name)]
 FilePath = Annotated[Path, BeforeValidator(_check_file)]
 TopicFilter = Annotated[str, BeforeValidator(_check_topic_filter)]
@@ -220,12 +246,14 @@ class Gateway(_Table):
 
 
 class _Listener(_Table):
-    """What every listener's table may say of TLS."""
+    """What every listener's table may say of TLS, users and passwords."""
 
     cert: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.pem"])
     key: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.key"])
     client_ca: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/ca.pem"])
     client_cert: Literal["none", "optional", "required"] = "required"
+    password_file: FilePath | None = Field(default=None, examples=["/etc/lineside/passwords"])
+    allow_anonymous: StrictBool | None = None
 
     @property
     def asks_for(self) -> Literal["none", "optional", "required"]:
@@ -356,6 +384,32 @@ class Local(_Table):
     when_full: Literal["refuse", "drop-oldest"] = "drop-oldest"
 
 
+class Access(_Table):
+    """`[[access]]`: who may publish to, and subscribe to, what. The first rule that decides wins."""
+
+    who: Annotated[
+        tuple[Annotated[Who, BeforeValidator(_check_who)], ...],
+        BeforeValidator(_listed),
+        Field(min_length=1, max_length=100, description="whom the rule is about", examples=[["user:anna"]]),
+    ]
+    publish: Annotated[
+        tuple[Annotated[str, _pattern(Action.PUBLISH)], ...],
+        BeforeValidator(_listed),
+        Field(max_length=100, examples=[["train/{client}/#"]]),
+    ] = ()
+    subscribe: Annotated[
+        tuple[Annotated[str, _pattern(Action.SUBSCRIBE)], ...],
+        BeforeValidator(_listed),
+        Field(max_length=100, examples=[["commands/#"]]),
+    ] = ()
+    deny: StrictBool = False
+    _line: int = PrivateAttr(0)
+
+    def place(self, number: int) -> str:
+        """Where the rule stands in the file."""
+        return f"access[{number}] (line {self._line})" if self._line else f"access[{number}]"
+
+
 class Config(_Table):
     """The whole file."""
 
@@ -366,6 +420,16 @@ class Config(_Table):
     outbound: tuple[Outbound, ...] = ()
     inbound: tuple[Inbound, ...] = ()
     local: Local = Local()
+    access: tuple[Access, ...] = Field(default=(), max_length=500)
+
+    def allows_anonymous(self, protocol: str) -> bool | None:
+        """Whether that listener lets in whom nothing vouches for; None: those on this machine."""
+        table = self.mqtt if protocol == "mqtt" else self.amqp
+        if table is None:
+            return None
+        if table.allow_anonymous is not None or not (self.access or table.password_file):
+            return table.allow_anonymous
+        return False
 
     def hub(self, name: str) -> Hub:
         """The hub of that name; every stream's hub exists in a Config that `load` returned."""
@@ -397,7 +461,8 @@ def loads(data: bytes | str, *, file: str = "config", base: Path = Path(), check
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigErrors([syntax_problem(file, text, str(error))]) from None
-    report = Report(Config, file, raw, key_lines(text))
+    lines = key_lines(text)
+    report = Report(Config, file, raw, lines)
     context = {"base": base.absolute()}
     config: Config | None = None
     try:
@@ -408,6 +473,8 @@ def loads(data: bytes | str, *, file: str = "config", base: Path = Path(), check
     check_all(raw, context["base"], report, check_files=check_files)
     if report.problems or config is None:
         raise ConfigErrors(report.problems)
+    for number, rule in enumerate(config.access):
+        rule._line = lines.get(("access", number), 0)
     return config
 
 
@@ -429,6 +496,7 @@ def explain(config: Config) -> list[str]:
     if gateway.synchronous != "FULL":
         lines.append(f"note: synchronous = {gateway.synchronous}: a power cut may take acknowledged messages")
     lines += _explain_listeners(config)
+    lines += _explain_access(config)
     for hub in config.hubs:
         lines += _explain_hub(hub)
     for outbound in config.outbound:
@@ -470,6 +538,30 @@ def _explain_listeners(config: Config) -> list[str]:
         lines += _explain_tls("AMQP", config.amqp, config.amqp.listen)
     if not lines:
         lines.append("note: nothing listens, so no app can reach this gateway: add [mqtt]")
+    return lines
+
+
+def _explain_access(config: Config) -> list[str]:
+    lines: list[str] = []
+    for number, table in enumerate(config.access):
+        lines.append(f"{table.place(number)}: {words(Rule(table.who, table.publish, table.subscribe, table.deny))}")
+    lines.append(
+        "whatever no rule allows is refused" if config.access else "every app may do everything: no [[access]]"
+    )
+    for name, listener in (("MQTT", config.mqtt), ("AMQP", config.amqp)):
+        if listener is None:
+            continue
+        anonymous = config.allows_anonymous(name.lower())
+        who = {True: "let in", False: "refused", None: "let in from this machine only"}[anonymous]
+        file = listener.password_file
+        lines.append(f"{name} users are {f'those of {file}' if file else 'not asked for'}; anonymous apps are {who}")
+        if anonymous is False and file is None and not all(listen.path for listen in listener.listen):
+            lines.append(
+                f"note: {name} apps without a certificate can't log in over TCP, as there is no password_file and "
+                "anonymous ones are refused: add one of password_file and allow_anonymous = true"
+            )
+        if file is not None and _readable_by_all(file):
+            lines.append(f"note: {file} can be read by every user: chmod 640 {file}")
     return lines
 
 

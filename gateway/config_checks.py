@@ -31,6 +31,8 @@ from gateway.config_values import (
     parse_listen,
 )
 from gateway.toml_lines import Path as KeyPath
+from security import passwords
+from security.passwords import PasswordFileError
 
 STREAMS_MAX = 1000
 RESERVED_STREAMS = frozenset({"local"})
@@ -65,6 +67,9 @@ def check_all(raw: Mapping[str, Any], base: Path, report: Report, *, check_files
     _check_listeners(raw, base, report, check_files)
     _check_hubs(raw, base, report, check_files)
     _check_streams(raw, report)
+    _check_access(raw, report)
+    if check_files:
+        _check_password_files(raw, base, report)
 
 
 def _check_gateway(raw: Mapping[str, Any], report: Report) -> None:
@@ -224,6 +229,33 @@ def _read_file(path: Path) -> bytes | str:
         if isinstance(error, PermissionError):
             return f"not for user {os.geteuid()} to read"
         return error.strerror or str(error)
+
+
+def _check_access(raw: Mapping[str, Any], report: Report) -> None:
+    files = [key for key in ("mqtt", "amqp") if "password_file" in _table(raw, key)]
+    listener = next((key for key in ("mqtt", "amqp") if key in raw), "mqtt")
+    for number, rule in _tables(raw, "access"):
+        here: KeyPath = ("access", number)
+        if not rule.get("publish") and not rule.get("subscribe"):
+            example = report.example((*here, "publish"))
+            report.add((*here, "publish"), "`publish` or `subscribe` in a rule", example, missing=True)
+        who = rule.get("who")
+        names = _strings([who] if isinstance(who, str) else who)
+        if not files and names and all(each.startswith("user:") for _, each in names):
+            expected = "a password_file in [mqtt] or [amqp], as nobody can prove to be that user without"
+            report.add((*here, "who"), expected, f'password_file = "/etc/lineside/passwords" under [{listener}]')
+
+
+def _check_password_files(raw: Mapping[str, Any], base: Path, report: Report) -> None:
+    for key in ("mqtt", "amqp"):
+        value = _table(raw, key).get("password_file")
+        if not isinstance(value, str) or not value or "\0" in value:
+            continue
+        try:
+            passwords.read(base / value)
+        except PasswordFileError as error:
+            write = "" if error.line else f"lineside passwd {base / value} USER"
+            report.add((key, "password_file"), f"a password file that can be used ({error})", write)
 
 
 def _check_streams(raw: Mapping[str, Any], report: Report) -> None:

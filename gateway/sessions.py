@@ -196,6 +196,7 @@ class Session:
         self.expiry_s: int | None = 0
         self.gone_age_us: int | None = None
         self.subscriptions: dict[str, Subscription] = {}
+        self.suspended: dict[str, Subscription] = {}  # what access rules forbid now; a reload may allow it again
         self.feeds: dict[Stream, Feed] = {}
         self.groups: dict[str, ShareGroup] = {}
         self.outlet: Outlet | None = None
@@ -328,10 +329,12 @@ class Session:
         message = desk.retained.get(due.topic)
         if message is None or (message.expires_age_us is not None and message.expires_age_us <= self._journal.age_us()):
             return None
-        if message.seq is not None:
-            stream = self._journal.streams.get(message.stream)
-            want = None if stream is None else desk.audience(stream, due.topic).get(self)
-            if want is not None and message.seq >= want.since:
+        stream = self._journal.streams.get(message.stream)
+        if stream is not None:
+            want = desk.audience(stream, due.topic).get(self)
+            if want is None:
+                return None  # not subscribed any more, or not allowed to be
+            if message.seq is not None and message.seq >= want.since:
                 return None
         body = desk.retained.body(due.topic)
         return None if body is None else desk.decoded(due.topic, body, message.expires_age_us)

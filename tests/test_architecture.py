@@ -22,6 +22,9 @@ PURE = [
     "gateway/uplink/state.py",
     "gateway/uplink/drain.py",
     "gateway/uplink/intake.py",
+    "security/rules.py",
+    "security/filters.py",
+    "security/attempts.py",
 ]
 
 

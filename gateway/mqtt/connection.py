@@ -335,6 +335,11 @@ class ServerConnection:
         return self.state is State.CLOSED
 
     @property
+    def awaiting_verdict(self) -> bool:
+        """Whether `accept` or `refuse` is still to come."""
+        return self.state is State.AWAITING_VERDICT
+
+    @property
     def window_left(self) -> int:
         """How many messages of QoS 1 and 2 `publish` takes now."""
         return self._window - len(self._in_flight) if self.state is State.OPEN else 0

@@ -11,10 +11,11 @@ import logging
 import secrets
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
 from gateway.broker import Broker
 from gateway.mqtt.codec import V5, Connect, PropertiesCache, PublishProperties, Reason, TopicCache
 from gateway.mqtt.connection import (
@@ -38,11 +39,17 @@ from gateway.mqtt.delivery import Delivery
 from gateway.mqtt.topics import filter_matches
 from gateway.sessions import Session
 from security.identity import CertificateIdentity, certificate_identity
+from security.rules import Action
 from storeforward.errors import JournalFull
 from storeforward.journal import PENDING_BYTES_MAX, Journal
 
 log = logging.getLogger("lineside.mqtt")
 
+_CONNACK = {
+    Login.BAD_CREDENTIALS: Reason.BAD_USER_NAME_OR_PASSWORD,
+    Login.ANONYMOUS: Reason.NOT_AUTHORIZED,
+    Login.BUSY: Reason.SERVER_BUSY,
+}
 SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 RESPONSE_PREFIX = "response/"
 ALIAS_BYTES = 6  # that a topic alias may add to a packet
@@ -83,6 +90,7 @@ class MqttListener:
         self.sent = 0
         self.stopping = False
         self.figures: Callable[[], list[tuple[str, bytes]]] = list
+        self.access: Access | None = None  # None: everybody may do everything
 
     def protocol(self) -> Client:
         return Client(self)
@@ -100,6 +108,14 @@ class MqttListener:
             figures = self.figures()
             for client, filters in readers:
                 client.give_figures(filters, figures, retain=False)
+
+    def rules_changed(self) -> None:
+        """Judge everybody anew. Who is away gets back what is his; it is judged when he comes."""
+        for session in self.broker.sessions.values():
+            if session.outlet is None:
+                self.broker.suspend(session, None)
+        for client in list(self.clients):
+            client.rules_changed()
 
     def stop(self) -> None:
         """Say goodbye to everybody; who has unanswered messages gets its acknowledgements first."""
@@ -124,6 +140,11 @@ class Client(asyncio.Protocol):
         self._congested = False
         self._paused = False
         self._expiry: int | None = 0
+        self._admission: Admission | None = None
+        self._permit: Permit | None = None
+        self._login: asyncio.Task[None] | None = None
+        self._deaf = False
+        self._refusals_logged = 0
         self.peer = "?"
         self.identity: CertificateIdentity | None = None  # who the client's certificate says it is, verified
 
@@ -162,6 +183,8 @@ class Client(asyncio.Protocol):
         self._listener.clients.discard(self)
         if self._timer is not None:
             self._timer.cancel()
+        if self._login is not None:
+            self._login.cancel()
         self._take(self._conn.eof())
         self._leave()
         self._transport = None
@@ -265,6 +288,8 @@ class Client(asyncio.Protocol):
         self.flush()
 
     def _published(self, messages: list[Published]) -> None:
+        if self._deaf:
+            return
         if self._held:
             self._hold(messages)
             return
@@ -280,11 +305,18 @@ class Client(asyncio.Protocol):
         journal = self._journal
         route_of = self._broker.router.route
         packet_ids: list[bytes] = []
+        may = None if self._permit is None else self._permit.publish
         at, count = 0, len(messages)
         while at < count:
             message = messages[at]
             topic, qos, retain, _, packet_id, _, properties = message
             route = route_of(topic, qos)
+            if may is not None and not may(topic):
+                if self._forbidden(message, packet_ids):
+                    at += 1
+                    continue
+                at = count
+                break
             plain = qos < 2 and not retain and properties is None and topic[:1] != "$" and not self._marks_source
             if plain and not route.wanted:
                 at += 1
@@ -377,6 +409,32 @@ class Client(asyncio.Protocol):
             acknowledged.append(packet_id)
         return True
 
+    def _forbidden(self, message: Published, acknowledged: list[bytes]) -> bool:
+        """An access rule is against it. False where nothing more is taken from this client.
+
+        QoS 0 is dropped and in the ledger; 5.0 is told so in its turn. 3.1.1 has no word for it: to acknowledge and
+        drop would be a lie that no app ever finds out, so the connection is closed (3.1.1 §3.3.5.2 leaves the choice),
+        after the acknowledgements of what came before.
+        """
+        topic, qos, _, _, packet_id, payload, _ = message
+        closing = bool(qos) and self._conn.version != V5
+        self._log_forbidden(Action.PUBLISH, topic, qos=qos, closing=closing)
+        if not qos:
+            stream = self._broker.router.route(topic, 0).stream
+            self._journal.lose(stream.name, 0, "not-allowed", len(payload), self._conn.client_id)
+            return True
+        self._answer(acknowledged, [packet_id], qos, Reason.NOT_AUTHORIZED)
+        if closing:
+            self._deaf = True
+            self._pause()
+        return not closing
+
+    def _log_forbidden(self, action: Action, name: str, **fields: Any) -> None:
+        self._refusals_logged += 1
+        if self._permit is not None and self._refusals_logged <= LOGGED_MAX:
+            why = self._permit.why(action, name).text
+            log.warning("not allowed", extra=self._who(topic=name, why=why, **fields))
+
     def _hold(self, messages: list[Published]) -> None:
         if not self._held:
             log.info("client held: the stream is full", extra=self._who())
@@ -459,8 +517,14 @@ class Client(asyncio.Protocol):
         if self._listener.stopping:
             self._conn.refuse(Reason.SERVER_SHUTTING_DOWN)
             return
-        assigned = None if connect.client_id else f"lineside-{secrets.token_hex(8)}"
+        known = self._admission.identity.client if self._admission is not None else f"lineside-{secrets.token_hex(8)}"
+        assigned = None if connect.client_id else known
         client_id = connect.client_id or assigned or ""
+        if not self._admitted(connect, client_id):
+            return
+        self._open(connect, client_id, assigned)
+
+    def _open(self, connect: Connect, client_id: str, assigned: str | None) -> None:
         if connect.version == 5:
             asked = connect.properties.session_expiry_interval or 0
         else:
@@ -472,6 +536,7 @@ class Client(asyncio.Protocol):
         session, present = self._broker.connect(connect, client_id, self._expiry, self)
         self._session = session
         told = self._expiry if connect.version == 5 and self._expiry != asked else None
+        self._suspend_forbidden()
         log.info("client connected", extra=self._who(client=client_id, version=connect.version, present=present))
 
         def accept() -> None:
@@ -534,16 +599,12 @@ class Client(asyncio.Protocol):
             self._conn.suback(packet, codes)
             self.flush()
             if self._session is session:
-                self._listener.send_sys(self, [s.filter for s in packet.subscriptions])
+                granted = [s.filter for s, code in zip(packet.subscriptions, codes, strict=True) if code < 0x80]
+                self._listener.send_sys(self, granted)
                 self._broker.pump(session)
 
         # Not before the subscription is on disk: a power cut must not take what was promised.
         self._journal.wait(self, answer)
-
-    def _subscription_refusal(self, filter: str) -> Reason | None:
-        if ("+" in filter or "#" in filter) and not self._listener.limits.wildcards_available:
-            return Reason.WILDCARD_SUBSCRIPTIONS_NOT_SUPPORTED
-        return None
 
     # ------------------------------------------------------------------ $SYS
 
@@ -559,6 +620,74 @@ class Client(asyncio.Protocol):
                 if self.takes(delivery, ()):
                     self.deliver(delivery, 0, retain, ())
         self.flush()
+
+    # ------------------------------------------------------------------ access
+
+    def _admitted(self, connect: Connect, client_id: str) -> bool:
+        """Whether the client is let in now. If not, it is refused, or will be asked again once its password is checked.
+
+        Meanwhile nothing more is read from it.
+        """
+        access = self._listener.access
+        if access is None:
+            return True
+        if self._admission is None:
+            assert self._transport is not None
+            claim = replace(identity_of(self._transport, "mqtt"), client=client_id, user=connect.username)
+            self._admission = access.admit(claim, connect.password)
+            if self._admission is None:
+                self._pause()
+                self._login = self._loop.create_task(self._log_in(access.authenticate(claim, connect.password)))
+                return False
+        if not self._admission.ok:
+            login = self._admission.login
+            log.warning("client refused", extra=self._who(client=client_id, why=login.value))
+            self._conn.refuse(_CONNACK[login], login.value)
+            return False
+        self._permit = access.permit(self._admission.identity)
+        will = connect.will
+        if will is not None and self._permit is not None and not self._permit.publish(will.topic):
+            self._log_forbidden(Action.PUBLISH, will.topic, client=client_id, will=True)
+            self._conn.refuse(Reason.NOT_AUTHORIZED, "the will's topic is not allowed")
+            return False
+        return True
+
+    async def _log_in(self, answer: Awaitable[Admission]) -> None:
+        try:
+            self._admission = await answer
+        finally:
+            self._login = None
+            if self._admission is None:  # cancelled, or our own mistake: nobody gets in by it
+                self._abort()
+        connect = self._conn.connect
+        if connect is not None and not self._conn.closing and self._transport is not None:
+            self._connect(connect)
+            self._listener.committer.kick()
+            self.flush()
+        self._resume()
+
+    def rules_changed(self) -> None:
+        """Other rules are in force: they count for what comes from now on, and for subscriptions there are."""
+        access = self._listener.access
+        if self._session is None or access is None or self._admission is None:
+            return
+        self._permit = access.permit(self._admission.identity)
+        self._suspend_forbidden()
+        self._broker.pump(self._session)
+
+    def _suspend_forbidden(self) -> None:
+        assert self._session is not None
+        permit = self._permit
+        for filter_ in self._broker.suspend(self._session, None if permit is None else permit.subscribe):
+            self._log_forbidden(Action.SUBSCRIBE, filter_, session=True)
+
+    def _subscription_refusal(self, filter: str) -> Reason | None:
+        if self._permit is not None and not self._permit.subscribe(filter):
+            self._log_forbidden(Action.SUBSCRIBE, filter)
+            return Reason.NOT_AUTHORIZED  # 0x80 on 3.1.1
+        if ("+" in filter or "#" in filter) and not self._listener.limits.wildcards_available:
+            return Reason.WILDCARD_SUBSCRIPTIONS_NOT_SUPPORTED
+        return None
 
     # ------------------------------------------------------------------ ending
 
@@ -623,7 +752,7 @@ class Client(asyncio.Protocol):
             self._transport.pause_reading()
 
     def _resume(self) -> None:
-        if self._paused and not self._held:
+        if self._paused and not (self._held or self._deaf or self._conn.awaiting_verdict):
             self._paused = False
             if self._transport is not None and not self._transport.is_closing():
                 self._transport.resume_reading()
@@ -639,8 +768,10 @@ class Client(asyncio.Protocol):
             "peer": self.peer,
             "certificate": None if self.identity is None else str(self.identity),
             "version": "5.0" if self._conn.version == 5 else "3.1.1",
+            "user": self._admission.identity.user if self._admission is not None else None,
             "durable": bool(session and session.durable),
             "subscriptions": sorted(session.subscriptions) if session else [],
+            "suspended": sorted(session.suspended) if session else [],
             "held": len(self._held),
         }
 
