@@ -481,6 +481,8 @@ class ServerConnection:
         try:
             connect = decode_body(data[0], body, V3)
             assert isinstance(connect, Connect)
+            if connect.properties.maximum_packet_size is not None:
+                self._send_max_bytes = connect.properties.maximum_packet_size  # a refusal keeps to it, too
             self._check_connect(connect)
         except MqttError as error:
             self._write_refusal(error, level)
@@ -513,8 +515,6 @@ class ServerConnection:
             self.keep_alive_s = limits.keep_alive_max_s
         self._intake_room = self._intake_room_max = limits.receive_maximum
         self._window = min(limits.send_window_max, connect.properties.receive_maximum or PACKET_IDS_MAX)
-        if connect.properties.maximum_packet_size is not None:
-            self._send_max_bytes = connect.properties.maximum_packet_size
         self._alias_send_max = min(limits.topic_alias_send_max, connect.properties.topic_alias_maximum or 0)
 
     def accept(
@@ -931,7 +931,10 @@ class ServerConnection:
             else:
                 section = properties if isinstance(properties, bytes) else encode_properties(properties)
             if self._alias_send_max:
-                name, section, alias = self._shorten(topic, name, section)
+                short = self._shorten(topic, name, section)
+                # An alias that is set makes the packet larger: not beyond what the client takes.
+                if self.fits(len(short[0]) + (2 if qos else 0) + len(short[1]) + len(payload)):
+                    name, section, alias = short
         size = len(name) + (2 if qos else 0) + len(section) + len(payload)
         header = bytes((0x30 | dup << 3 | qos << 1 | retain,)) + encode_varint(size)
         if len(header) + size > self._send_max_bytes:
@@ -944,7 +947,7 @@ class ServerConnection:
                 return None
             number = taken
         if alias:
-            self._aliases_set[topic] = alias
+            self._alias_used(topic, alias)
         self._out += (header, name, number.to_bytes(2, "big") if qos else b"", section, payload)
         return number
 
@@ -981,9 +984,12 @@ class ServerConnection:
         return self._send_max_bytes > REMAINING_LENGTH_MAX
 
     def _shorten(self, topic: str, name: bytes, section: bytes) -> tuple[bytes, bytes, int]:
-        """Topic and properties with an alias (MQTT 5.0 §3.3.2.3.4), and the alias to remember, 0 for none."""
+        """Topic and properties with an alias (MQTT 5.0 §3.3.2.3.4), and the alias to remember, 0 for none.
+
+        Nothing changes yet: the message may still turn out not to be sent.
+        """
         aliases = self._aliases_set
-        alias = aliases.pop(topic, 0)
+        alias = aliases.get(topic, 0)
         if alias:
             name = b"\0\0"
         elif len(topic) < ALIAS_TOPIC_MIN:
@@ -991,9 +997,16 @@ class ServerConnection:
         elif len(aliases) < self._alias_send_max:
             alias = len(aliases) + 1
         else:
-            alias = aliases.pop(next(iter(aliases)))
+            alias = aliases[next(iter(aliases))]
         size, at = _varint_at(section)
         return name, encode_varint(size + 3) + section[at:] + b"\x23" + alias.to_bytes(2, "big"), alias
+
+    def _alias_used(self, topic: str, alias: int) -> None:
+        """The client knows `alias` as `topic` now; whatever it stood for before is forgotten."""
+        aliases = self._aliases_set
+        if aliases.pop(topic, 0) != alias and len(aliases) >= self._alias_send_max:
+            aliases.pop(next(iter(aliases)))
+        aliases[topic] = alias
 
     def _allocate(self) -> int:
         number = self._next_id

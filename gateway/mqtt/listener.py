@@ -52,7 +52,6 @@ _CONNACK = {
 }
 SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 RESPONSE_PREFIX = "response/"
-ALIAS_BYTES = 6  # that a topic alias may add to a packet
 HOLD_RETRY_S = 0.2
 CLOSE_WAIT_S = 2.0
 WRITE_BUFFER_BYTES = 256 << 10
@@ -199,12 +198,12 @@ class Client(asyncio.Protocol):
     def congested(self) -> bool:
         return self._congested or self._transport is None or self._conn.closing
 
-    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool:
+    def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool:
         conn = self._conn
         if conn.unlimited:
             return True
-        section = len(delivery.section(identifiers, 0)) + ALIAS_BYTES if conn.version == V5 else 0
-        return conn.fits(4 + len(delivery.topic.encode()) + section + len(delivery.payload))
+        section = len(delivery.section(identifiers, 0)) if conn.version == V5 else 0
+        return conn.fits(2 + len(delivery.topic.encode()) + (2 if qos else 0) + section + len(delivery.payload))
 
     def in_use(self, packet_ids: Iterable[int]) -> None:
         self._conn.in_use(packet_ids)
@@ -617,7 +616,7 @@ class Client(asyncio.Protocol):
         for topic, value in figures:
             if not self.congested and any(filter_matches(f, topic) for f in filters):
                 delivery = Delivery(topic, value, 0, True, None, None, None)
-                if self.takes(delivery, ()):
+                if self.takes(delivery, 0, ()):
                     self.deliver(delivery, 0, retain, ())
         self.flush()
 
