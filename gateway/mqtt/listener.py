@@ -36,7 +36,7 @@ from gateway.mqtt.connection import (
 )
 from gateway.mqtt.connection import Message as Published
 from gateway.mqtt.delivery import Delivery
-from gateway.mqtt.topics import filter_matches
+from gateway.mqtt.topics import check_filter, filter_matches
 from gateway.sessions import Session
 from security.identity import CertificateIdentity, certificate_identity
 from security.rules import Action
@@ -500,6 +500,11 @@ class Client(asyncio.Protocol):
             case Unsubscribed(packet):
                 assert self._session is not None
                 codes = self._broker.unsubscribe(self._session, packet.filters)
+                if self._conn.version == V5:
+                    codes = [
+                        Reason.TOPIC_FILTER_INVALID if _ill_formed(filter_) else code
+                        for filter_, code in zip(packet.filters, codes, strict=True)
+                    ]
                 self._journal.wait(self, lambda: self._conn.unsuback(packet, codes))
             case Disconnected(packet, clean, reason):
                 log.info("client left", extra=self._who(clean=clean, reason=reason))
@@ -681,6 +686,8 @@ class Client(asyncio.Protocol):
             self._log_forbidden(Action.SUBSCRIBE, filter_, session=True)
 
     def _subscription_refusal(self, filter: str) -> Reason | None:
+        if self._conn.version == V5 and _ill_formed(filter):
+            return Reason.TOPIC_FILTER_INVALID
         if self._permit is not None and not self._permit.subscribe(filter):
             self._log_forbidden(Action.SUBSCRIBE, filter)
             return Reason.NOT_AUTHORIZED  # 0x80 on 3.1.1
@@ -773,6 +780,15 @@ class Client(asyncio.Protocol):
             "suspended": sorted(session.suspended) if session else [],
             "held": len(self._held),
         }
+
+
+def _ill_formed(filter: str) -> bool:
+    """Of a 5.0 client: one of 3.1.1 was closed already for such a filter."""
+    try:
+        check_filter(filter)
+    except ValueError:
+        return True
+    return False
 
 
 def _run_of(messages: list[Published], at: int) -> list[Published]:
