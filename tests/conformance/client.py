@@ -357,7 +357,10 @@ class Client:
 
     def __init__(self, port: int, version: int, stream: Stream | None = None) -> None:
         self.port, self.version = port, version
-        self.stream: Stream = stream or socket.create_connection(("127.0.0.1", port), WAIT_S)
+        if stream is None:
+            stream = socket.create_connection(("127.0.0.1", port), WAIT_S)
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.stream: Stream = stream
         self.buffer = b""
         self.aside: list[Packet] = []  # heard while an exchange was being finished
         self.next_id = 1

@@ -272,7 +272,7 @@ def test_the_servers_limits_are_told(dial: Dial) -> None:
 
 
 def test_a_refusal_or_goodbye_leaves_out_what_the_client_cannot_take(dial: Dial, join: Connector) -> None:
-    tiny = (mqtt.MAXIMUM_PACKET, 12)
+    tiny = (mqtt.MAXIMUM_PACKET, 12)  # less than any reason string
     client = dial(V5)
     client.say(mqtt.connect(V5, fresh(), props=[tiny, (mqtt.AUTH_METHOD, "no such method")]))
     refused = client.expect_close()

@@ -204,16 +204,12 @@ def test_sessions_exchanges_retained_messages_and_wills_survive_a_kill_of_the_se
     client = dial(version)
     assert client.connect(name, **lasting()).session_present
     heard = [client.hear() for _ in range(3)]
-    assert [(each.kind, each.packet_id) for each in heard] == [
-        (mqtt.PUBLISH, sent[0].packet_id),
-        (mqtt.PUBREL, sent[1].packet_id),
-        (mqtt.PUBLISH, sent[2].packet_id),
-    ] or {(each.kind, each.packet_id) for each in heard} == {
-        (mqtt.PUBLISH, sent[0].packet_id),
-        (mqtt.PUBREL, sent[1].packet_id),
-        (mqtt.PUBLISH, sent[2].packet_id),
-    }
-    assert all(each.dup for each in heard if each.kind == mqtt.PUBLISH)
+    released = [each for each in heard if each.kind == mqtt.PUBREL]
+    again = [each for each in heard if each.kind == mqtt.PUBLISH]
+    assert [each.packet_id for each in released] == [sent[1].packet_id]
+    assert [(each.payload, each.qos) for each in again] == [(b"1", 1), (b"3", 2)]
+    # At QoS 2 the exchange goes on; at QoS 1 a kill may cost the memory that it was sent, never the message.
+    assert (again[1].packet_id, again[1].dup) == (sent[2].packet_id, True)
     speaker = dial(version)
     assert speaker.connect(name + "s", **lasting()).session_present
     speaker.say(mqtt.publish(version, topic, b"4", 2, 40, dup=True))
