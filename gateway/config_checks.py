@@ -21,8 +21,11 @@ from gateway.config_values import (
     ACCEPT_LOSS,
     ALLOW_PLAINTEXT,
     LISTEN_DEFAULT,
+    PLACEHOLDER,
+    BrokerUrl,
     HubUrl,
     Listen,
+    parse_broker_url,
     parse_duration,
     parse_hub_url,
     parse_listen,
@@ -61,6 +64,7 @@ def check_all(raw: Mapping[str, Any], base: Path, report: Report, *, check_files
     _check_gateway(raw, report)
     _check_listeners(raw, report)
     _check_hubs(raw, base, report, check_files)
+    _check_bridge(raw, base, report, check_files)
     _check_streams(raw, report)
 
 
@@ -102,7 +106,7 @@ def _check_hubs(raw: Mapping[str, Any], base: Path, report: Report, check_files:
         _check_hub_urls(number, hub, report)
         _check_hub_credentials(number, hub, report)
         if check_files:
-            _check_hub_files(number, hub, base, report)
+            _check_files(("hub", number), hub, base, report)
         low, high = hub.get("retry_min", "200ms"), hub.get("retry_max", "30s")
         if isinstance(low, str) and isinstance(high, str):
             low_s, high_s = _tried(parse_duration, low), _tried(parse_duration, high)
@@ -128,15 +132,7 @@ def _check_hub_urls(number: int, hub: Mapping[str, Any], report: Report) -> None
 
 def _check_hub_credentials(number: int, hub: Mapping[str, Any], report: Report) -> None:
     here: KeyPath = ("hub", number)
-    for key, other in (
-        ("cert", "key"),
-        ("key", "cert"),
-        ("user", "password_file"),
-        ("password_file", "user"),
-    ):
-        if key in hub and other not in hub:
-            example = report.example((*here, other))
-            report.add((*here, other), f"it beside `{key}`", example, missing=True)
+    _check_pairs(here, hub, report)
     sasl = hub.get("sasl", "auto")
     if sasl == "plain" and "user" not in hub:
         report.add((*here, "sasl"), "`user` and `password_file` beside it", 'sasl = "auto", or add both')
@@ -150,6 +146,88 @@ def _check_hub_credentials(number: int, hub: Mapping[str, Any], report: Report) 
                 report.add((*here, "urls", index), 'amqps://, as sasl = "external" needs TLS', json.dumps(secure))
 
 
+def _check_pairs(here: KeyPath, table: Mapping[str, Any], report: Report) -> None:
+    """A certificate goes with its key, a user with a password."""
+    for key, other in (
+        ("cert", "key"),
+        ("key", "cert"),
+        ("user", "password_file"),
+        ("password_file", "user"),
+    ):
+        if key in table and other not in table:
+            example = report.example((*here, other))
+            report.add((*here, other), f"it beside `{key}`", example, missing=True)
+
+
+def _check_bridge(raw: Mapping[str, Any], base: Path, report: Report, check_files: bool) -> None:
+    bridge = _table(raw, "bridge")
+    if not bridge:
+        return
+    _check_pairs(("bridge",), bridge, report)
+    if check_files:
+        _check_files(("bridge",), bridge, base, report)
+    text = bridge.get("url")
+    url = _tried(parse_broker_url, text) if isinstance(text, str) else None
+    if url is not None:
+        _check_bridge_url(url, bridge, raw, report)
+    _check_bridge_loop(bridge, raw, report)
+
+
+def _check_bridge_url(url: BrokerUrl, bridge: Mapping[str, Any], raw: Mapping[str, Any], report: Report) -> None:
+    loc: KeyPath = ("bridge", "url")
+    if not url.tls and not url.loopback:
+        secure = json.dumps(str(BrokerUrl(True, url.host, 8883 if url.port == 1883 else url.port)))
+        if bridge.get("user") is not None:
+            report.add(loc, "mqtts://, as a password would travel in clear text", assign(loc, secure))
+        elif bridge.get("allow_plaintext") != ALLOW_PLAINTEXT:
+            words = f"add allow_plaintext = {json.dumps(ALLOW_PLAINTEXT)} to [bridge]"
+            report.add(loc, "mqtts:// for a broker that is not on this machine", f"{assign(loc, secure)}, or {words}")
+    if "mqtt" in raw:
+        there = Listen(url.host, url.port, url.path)
+        default = [LISTEN_DEFAULT["mqtt"]]
+        for number, text in _strings(_table(raw, "mqtt").get("listen", default)):
+            listen = _tried(parse_listen, text)
+            if listen is not None and listen.overlaps(there):
+                own = f"another broker's address, not our own mqtt.listen[{number}]"
+                report.add(loc, own, "the other broker's address, or no [mqtt] table")
+
+
+def _check_bridge_loop(bridge: Mapping[str, Any], raw: Mapping[str, Any], report: Report) -> None:
+    """A client of MQTT 3.1.1 gets back what it publishes itself, if it reads those topics: it would go in circles."""
+    if bridge.get("version", "5.0") != "3.1.1":
+        return
+    from gateway.routing import filters_overlap  # it imports the models, which import these rules
+
+    if "topics" in bridge:
+        read: list[tuple[KeyPath, str]] = [
+            (("bridge", "topics", index), each) for index, each in _strings(bridge["topics"])
+        ]
+    else:
+        read = [
+            (("outbound", number, "topics", index), each)
+            for number, table in _tables(raw, "outbound")
+            for index, each in _strings(table.get("topics"))
+        ]
+    gateway = _table(raw, "gateway").get("id")
+    for number, table in _tables(raw, "inbound"):
+        topic = table.get("topic")
+        if not isinstance(topic, str):
+            continue
+        written = _topic_range(topic.replace("{gateway}", gateway if isinstance(gateway, str) else "+"))
+        for loc, each in read:
+            if filters_overlap(each, written):
+                back = f"inbound[{number}].topic ({topic})"
+                expected = f"a filter that does not take {back}, or it comes back, as 3.1.1 has no 'no local'"
+                report.add(loc, expected, 'another filter, or version = "5.0" under [bridge]')
+
+
+def _topic_range(template: str) -> str:
+    """A filter for every topic that a template can become: a value may hold any number of levels."""
+    levels = template.split("/")
+    filled = next((n for n, level in enumerate(levels) if PLACEHOLDER.search(level)), None)
+    return template if filled is None else "/".join([*levels[:filled], "#"])
+
+
 _PEM_MARKS = {
     "ca": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
     "cert": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
@@ -159,12 +237,12 @@ _PEM_NAMES = {"ca": "a certificate", "cert": "a certificate", "key": "a private 
 _PEM_MAX_BYTES = 4 << 20
 
 
-def _check_hub_files(number: int, hub: Mapping[str, Any], base: Path, report: Report) -> None:
+def _check_files(here: KeyPath, table: Mapping[str, Any], base: Path, report: Report) -> None:
     for key in ("ca", "cert", "key", "password_file"):
-        value = hub.get(key)
+        value = table.get(key)
         if not isinstance(value, str) or not value or "\0" in value:
             continue
-        loc: KeyPath = ("hub", number, key)
+        loc: KeyPath = (*here, key)
         path = base / value
         content = _read_file(path)
         if isinstance(content, str):

@@ -6,6 +6,9 @@ properties. Knows no socket, no session and no packet.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from gateway.amqp.message import Message, Template, user_properties
 from gateway.mqtt.codec import PublishProperties
 from gateway.routing import Route
@@ -20,10 +23,16 @@ def append_with(
     payload: bytes,
     properties: PublishProperties | None,
     age_us: int,
+    annotations: Mapping[str, Any] | None = None,
 ) -> None:
-    """Stage a message that has properties or expires; `identity` is the router's. Raises JournalFull."""
+    """Stage a message that has properties or expires; `identity` is the router's. Raises JournalFull.
+
+    `annotations`: message annotations to give it.
+    """
     ttl_us = route.ttl_us
     encode = route.encode
+    if properties is None and annotations:
+        properties = PublishProperties()
     if properties is not None:
         if properties.message_expiry_interval is not None:
             asked_us = properties.message_expiry_interval * 1_000_000
@@ -40,6 +49,7 @@ def append_with(
             reply_to=properties.response_topic,
             correlation_id=properties.correlation_data,
             user_properties=properties.user_property,
+            annotations=annotations,
             duplicate_property=route.duplicate_property,
             qos=qos,
         ).encode
