@@ -15,10 +15,11 @@ import socket
 import stat
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gateway
 from gateway.amqp.listener import AmqpListener
+from gateway.bridge_flow import release
 from gateway.broker import Broker
 from gateway.committer import Committer
 from gateway.config import Config, Listen, load
@@ -32,6 +33,9 @@ from gateway.uplink.hub import HubLink
 from storeforward import maintenance
 from storeforward.errors import JournalError
 from storeforward.journal import Batch, Journal
+
+if TYPE_CHECKING:
+    from gateway.bridge import Bridge
 
 log = logging.getLogger("lineside")
 
@@ -59,6 +63,7 @@ class App:
         self._hubs: list[HubLink] = []
         self._mqtt: MqttListener | None = None
         self._amqp: AmqpListener | None = None
+        self._bridge: Bridge | None = None
         self._netlink: socket.socket | None = None
         self._rates = (0.0, 0.0)
         self._counted = (0, 0)
@@ -84,6 +89,7 @@ class App:
         self.committer = Committer(self.journal, self._loop, self._committed, self._fatal)
         await self._listen()
         self._start_hubs()
+        self._start_bridge()
         self._netlink = netlink.open_socket()
         if self._netlink is not None:
             self._loop.add_reader(self._netlink, self._network)
@@ -166,6 +172,17 @@ class App:
             self._hubs.append(link)
             link.start()
 
+    def _start_bridge(self) -> None:
+        self._bridge = None
+        if self.config.bridge is None:
+            for name in release(self.journal):
+                log.info("no bridge any more: it holds no messages", extra={"stream": name})
+            return
+        from gateway.bridge import Bridge  # paho is memory that a gateway without a bridge need not spend
+
+        self._bridge = Bridge(self.config, self.broker, self.committer.kick)
+        self._bridge.start()
+
     # ------------------------------------------------------------------ running
 
     def _committed(self, batch: Batch) -> None:
@@ -174,6 +191,8 @@ class App:
             hub.committed()
         if self._amqp is not None:
             self._amqp.committed()
+        if self._bridge is not None:
+            self._bridge.committed()
 
     def _fatal(self, error: JournalError) -> None:
         log.critical("the journal can't go on", extra={"error": str(error)})
@@ -185,6 +204,8 @@ class App:
         if netlink.drain(self._netlink):
             for hub in self._hubs:
                 hub.network_changed()
+            if self._bridge is not None:
+                self._bridge.network_changed()
 
     def _housekeeping(self) -> None:
         self.broker.expire_sessions()
@@ -198,6 +219,7 @@ class App:
 
     def _measure(self) -> None:
         received = self._mqtt.received if self._mqtt is not None else 0
+        received += self._bridge.received if self._bridge is not None else 0
         settled = sum(h.settled for h in self._hubs)
         self._rates = (received - self._counted[0]) / RATE_S, (settled - self._counted[1]) / RATE_S
         self._counted = received, settled
@@ -241,6 +263,11 @@ class App:
                 hub.stop()
             self._hubs.clear()
             self._start_hubs()
+        bridged = (old.bridge, old.bridge_topics, old.inbound) != (config.bridge, config.bridge_topics, config.inbound)
+        if bridged:
+            if self._bridge is not None:
+                self._bridge.stop()
+            self._start_bridge()
         self.committer.kick()
 
     # ------------------------------------------------------------------ down
@@ -251,6 +278,8 @@ class App:
         log.info("stopping")
         for server in self._servers:
             server.close()
+        if self._bridge is not None:
+            self._bridge.stop()
         failed = self._error is not None
         if not failed:
             try:
@@ -301,6 +330,7 @@ class App:
                 "listen": [str(a) for a in self.config.mqtt.listen] if self.config.mqtt else [],
                 "clients": len(self._mqtt.clients) if self._mqtt else 0,
             },
+            "bridge": self._bridge.describe() if self._bridge is not None else None,
             "hubs": [h.describe() for h in self._hubs],
             "streams": [
                 {

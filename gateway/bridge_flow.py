@@ -27,7 +27,10 @@ ANNOTATION_REPEATED = "x-opt-lineside-repeated"
 
 
 class Taken(NamedTuple):
-    """A message of the broker's. `packet_id` is 0 at QoS 0; an empty topic is one that is not UTF-8."""
+    """A message of the broker's. `packet_id` is 0 at QoS 0; an empty topic is one that is not UTF-8.
+
+    `known`: nothing new in it, so that it is only acknowledged, in its turn (MQTT 5.0 §4.6).
+    """
 
     topic: str
     qos: int
@@ -35,6 +38,7 @@ class Taken(NamedTuple):
     dup: bool
     payload: bytes
     properties: PublishProperties | None
+    known: bool = False
 
 
 class Inflow:
@@ -123,7 +127,9 @@ class Inflow:
             journal.wait(self, (self._connection, done))
 
     def _append(self, message: Taken, router: Router, age_us: int) -> None:
-        topic, qos, _, dup, payload, properties = message
+        topic, qos, _, dup, payload, properties, known = message
+        if known:
+            return
         if not topic:
             self._journal.lose("-", 0, "topic-not-utf-8", len(payload), CURSOR)
             return
