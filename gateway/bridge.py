@@ -68,7 +68,7 @@ class Bridge:
         self._state = LinkState([self._url], random.Random(), self._loop.time())
         inbound = [self._journal.streams[each.stream] for each in config.inbound]
         release(self._journal, frozenset(stream.name for stream in inbound))
-        self._inflow = Inflow(self._journal, lambda: broker.router, self.config.window, self._answer)
+        self._inflow = Inflow(self._journal, lambda: broker.router, self._answer)
         self._outflow = Outflow(self._journal, inbound, self.config.window)
         self._client: Client | None = None
         self._socket: Any = None
@@ -109,6 +109,7 @@ class Bridge:
             if timer is not None:
                 timer.cancel()
         self._read(False)
+        self._inflow.close()
         if not self._inflow.staged:
             self._goodbye()
 
@@ -257,7 +258,14 @@ class Bridge:
         self, client: Client, _data: Any, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
     ) -> None:
         self._heard += 1
-        self._events.append(lambda: self._connack(flags.session_present, reason, properties))
+        before = self._remembered()
+        present = flags.session_present
+        # At once: the session's messages may follow in the same read.
+        self._inflow.connected()
+        # 3.1.1 sends retained messages at every SUBSCRIBE; 5.0 can be told not to.
+        three = self.config.version == "3.1.1"
+        self._retained_known = three and present and before is not None and set(self._topics) <= set(before)
+        self._events.append(lambda: self._connack(present, before, reason, properties))
 
     def _on_disconnect(
         self, client: Client, _data: Any, flags: DisconnectFlags, reason: ReasonCode, properties: Properties | None
@@ -323,7 +331,7 @@ class Bridge:
             except Exception as error:  # noqa: BLE001  (paho's answer to bytes that are no MQTT is any of a dozen)
                 self._abort(f"the broker sent what is not MQTT: {type(error).__name__}: {error}")
                 break
-            if self._heard == before:
+            if self._heard == before or self._inflow.full:
                 break
         self._after()
         if self._reading and self._pending():
@@ -407,16 +415,12 @@ class Bridge:
         self._read(now)
         if now and not was and self._pending():
             self._loop.call_soon(self._readable)
-        if self._inflow.blocked != self._held_told:
-            self._held_told = self._inflow.blocked
-            if self._held_told:
-                log.info("bridge held: a stream is full, the broker keeps the rest", extra={"url": self._url})
-            else:
-                log.info("bridge goes on: there is room again", extra={"url": self._url})
         if self._journal.pending:
             self._kick()
 
-    def _connack(self, present: bool, reason: ReasonCode, properties: Properties | None) -> None:
+    def _connack(
+        self, present: bool, before: list[str] | None, reason: ReasonCode, properties: Properties | None
+    ) -> None:
         client = self._client
         assert client is not None
         if reason.is_failure:
@@ -442,9 +446,7 @@ class Bridge:
             self._deadline.cancel()
         client.on_log = None
         self._trouble = None
-        self._inflow.connected()
         self._state.opened(self._loop.time(), self._url)
-        before = self._remembered()
         if before is not None and not present:
             self._sessions_lost += 1
             log.warning("the broker has forgotten our session, and what it kept for us", extra={"url": self._url})
@@ -455,8 +457,6 @@ class Bridge:
         """Ask for all topics at every connection: cheap, and right whatever the broker has restored itself from."""
         self._subscribing = None
         five = self.config.version == "5.0"
-        # 3.1.1 sends retained messages at every SUBSCRIBE; 5.0 can be told not to.
-        self._retained_known = not five and before is not None and set(self._topics) <= set(before)
         if before is not None and (gone := [topic for topic in before if topic not in self._topics]):
             client.unsubscribe(gone)
         if not self._topics:
@@ -496,6 +496,8 @@ class Bridge:
             self._deadline.cancel()
         self._inflow.connected()
         detail = f": {self._paho_error}" if self._paho_error else ""
+        if self._state.state is State.CONNECTING and self.config.url.tls and self.config.cert is None:
+            detail += "; the broker may ask for a certificate: set cert and key"
         error, failure = self._reason or (f"the connection ended{detail}", Failure.HANDSHAKE)
         self._reason = None
         if self._state.state is State.CONNECTING:
@@ -542,6 +544,12 @@ class Bridge:
                 self._after()
             elif self._inflow.blocked:
                 self._go_on()
+        if self._inflow.blocked != self._held_told:  # here, and not at every change: a full stream that drains flickers
+            self._held_told = self._inflow.blocked
+            if self._held_told:
+                log.info("bridge held: a stream is full, the broker keeps the rest", extra={"url": self._url})
+            else:
+                log.info("bridge goes on: there is room again", extra={"url": self._url})
         self._tick_timer = self._loop.call_later(TICK_S, self._tick)
 
 

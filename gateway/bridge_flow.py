@@ -20,7 +20,9 @@ from storeforward.journal import PENDING_BYTES_MAX, Journal
 from storeforward.streams import Cursor, Row, Stream
 
 CURSOR = "bridge"
+# Not the window: Mosquitto 2.0 sends more than the receive maximum, and who stops reading hears no PINGRESP either.
 HELD_BYTES_MAX = 8 << 20
+MESSAGE_BYTES = 512  # about what one costs in memory beside its payload
 OUT_BYTES_MAX = 4 << 20
 READ_ROWS = 256
 ANNOTATION_REPEATED = "x-opt-lineside-repeated"
@@ -53,17 +55,16 @@ class Inflow:
         self,
         journal: Journal,
         router: Callable[[], Router],
-        window: int,
         answer: Callable[[list[Taken]], None],
     ) -> None:
         self._journal = journal
         self._router = router
-        self._window = window
         self._answer = answer
         self._queue: deque[Taken] = deque()
         self._queue_bytes = 0
         self._connection = 0
         self._blocked: str | None = None
+        self._closed = False
         self.staged = 0
         self.journaled = 0
         self.repeated = 0
@@ -80,12 +81,8 @@ class Inflow:
 
     @property
     def full(self) -> bool:
-        """Whether to stop reading: the broker's window, if it keeps to one, is what usually prevents that."""
-        return (
-            len(self._queue) >= self._window
-            or self._queue_bytes >= HELD_BYTES_MAX
-            or self._journal.pending.size_bytes > PENDING_BYTES_MAX
-        )
+        """Whether to stop reading. A broker that keeps to a window never gets us there; one that knows none does."""
+        return self._queue_bytes >= HELD_BYTES_MAX or self._journal.pending.size_bytes > PENDING_BYTES_MAX
 
     def connected(self) -> None:
         """A new connection: what is unanswered comes again, and answers to the old connection's are void."""
@@ -94,14 +91,22 @@ class Inflow:
         self._queue_bytes = 0
         self._blocked = None
 
+    def close(self) -> None:
+        """Take no more: what is not staged yet is the broker's to send again."""
+        self._closed = True
+        self._queue.clear()
+        self._queue_bytes = 0
+
     def receive(self, message: Taken) -> None:
+        if self._closed:
+            return
         if message.qos == 0 and self._blocked is not None:
             stream = self._router().route(message.topic, 0).stream.name if message.topic else "-"
             if stream == self._blocked:
                 self._journal.lose(stream, 0, "refused-qos-0", len(message.payload), CURSOR)
                 return
         self._queue.append(message)
-        self._queue_bytes += len(message.payload)
+        self._queue_bytes += _cost(message)
 
     def stage(self) -> None:
         """Append what has arrived, as far as the journal takes it."""
@@ -121,7 +126,7 @@ class Inflow:
                     break
                 journal.lose(error.stream, 0, "larger-than-the-stream", len(message.payload), CURSOR)
             done.append(queue.popleft())
-            self._queue_bytes -= len(message.payload)
+            self._queue_bytes -= _cost(message)
         if done:
             self.staged += len(done)
             journal.wait(self, (self._connection, done))
@@ -156,9 +161,7 @@ class Inflow:
     def committed(self, tokens: list[tuple[int, list[Taken]]]) -> None:
         """The commit that holds these messages is on disk: now, and only now, they are acknowledged."""
         self.staged -= sum(len(messages) for _, messages in tokens)
-        for connection, messages in tokens:
-            if connection == self._connection:
-                self._answer(messages)
+        self._answer([each for connection, messages in tokens if connection == self._connection for each in messages])
         self.stage()
 
     def failed(self, tokens: list[tuple[int, list[Taken]]], error: JournalFull) -> None:
@@ -168,7 +171,11 @@ class Inflow:
         for connection, messages in reversed(tokens):
             if connection == self._connection:
                 self._queue.extendleft(reversed(messages))
-                self._queue_bytes += sum(len(each.payload) for each in messages)
+                self._queue_bytes += sum(map(_cost, messages))
+
+
+def _cost(message: Taken) -> int:
+    return len(message.payload) + MESSAGE_BYTES
 
 
 class Publish(Protocol):
