@@ -267,6 +267,7 @@ class App:
         if bridged:
             if self._bridge is not None:
                 self._bridge.stop()
+                self._counted = self._counted[0] - self._bridge.received, self._counted[1]
             self._start_bridge()
         self.committer.kick()
 

@@ -50,6 +50,8 @@ RECEIVE_MAXIMUM_DEFAULT = 65535
 RETAIN_IF_NEW = 1
 # Bad user name or password, not authorized, banned (MQTT 5.0 §3.2.2.2), to which paho also translates 3.1.1's.
 AUTHENTICATION_REASONS = frozenset({0x86, 0x87, 0x8A})
+TAKEN_OVER = 0x8E
+STOOD_S_MIN = 5.0
 META_KEY = "bridge"
 
 
@@ -274,6 +276,10 @@ class Bridge:
         if flags.is_disconnect_packet_from_server and self._reason is None:
             text = getattr(properties, "ReasonString", "")
             self._reason = f"the broker ended it: {reason}{f' ({text})' if text else ''}", Failure.HANDSHAKE
+            if reason.value == TAKEN_OVER:
+                # Slowly: the other one comes back, too, and then it is our turn to go.
+                told = f"another client uses our client_id {self._client_id}: give each its own"
+                self._reason = told, Failure.AUTHENTICATION
         self._events.append(self._disconnected)
 
     def _on_message(self, client: Client, _data: Any, message: MQTTMessage) -> None:
@@ -504,7 +510,10 @@ class Bridge:
             self._failed(failure, error)
         elif self._state.state is State.UP:
             log.warning("bridge lost", extra={"url": self._url, "error": error})
-            self._state.lost(self._loop.time(), error, failure)
+            now = self._loop.time()
+            if now - self._state.since >= STOOD_S_MIN:
+                self._state.settled()  # it stood, if idle: what failed before is history
+            self._state.lost(now, error, failure)
             self._schedule()
 
     # ------------------------------------------------------------------ what goes out

@@ -326,7 +326,8 @@ def test_what_the_bridge_publishes_does_not_come_back_to_it(tmp_path: Path, star
     hub = start(HUB_CONFIG, hub_port)
     hub.status()
     with Mosquitto(BROKER, directory=tmp_path / "mosquitto") as broker:
-        daemon = start(config_of(broker.url, more='topics = ["train/#", "commands/#"]'), hub_port)
+        both = config_of(broker.url).replace('["train/#"]', '["train/#", "commands/#"]')
+        daemon = start(both, hub_port)
         wait_up(daemon)
         wait_until(lambda: "lineside:loco:commands" in str(cursors(hub)))
         app = App(broker.port, reads="commands/#")
@@ -478,3 +479,49 @@ def test_a_clean_stop_leaves_nothing_to_send_again(tmp_path: Path, start: Callab
         app.close()
         assert bridge(daemon)["sessions_lost"] == 0
         assert [int(m.body) for m in journaled(daemon)] == list(range(2000))
+
+
+def test_another_client_of_the_same_name_is_told_of_and_not_fought_with(start: Callable[..., Daemon]) -> None:
+    """Mosquitto 2.0 gives no reason when it lets one go for another, so another Lineside is the broker here."""
+    broker = start(HUB_CONFIG, free_port())
+    broker.status()
+    daemon = start(config_of(f"mqtt://127.0.0.1:{broker.port}"))
+    wait_up(daemon)
+    other = App(broker.port, "lineside-loco", version="5.0")
+    wait_until(lambda: bridge(daemon)["state"] == "backoff")
+    status = bridge(daemon)
+    assert "another client uses our client_id lineside-loco" in status["error"]
+    assert status["retry_in_s"] > 3
+    other.close()
+    wait_up(daemon)
+
+
+def test_a_broker_that_forgot_our_session_is_told_of(tmp_path: Path, start: Callable[..., Daemon]) -> None:
+    with Mosquitto(BROKER, directory=tmp_path / "mosquitto") as broker:
+        daemon = start(config_of(broker.url))
+        wait_up(daemon)
+        app = App(broker.port)
+        app.client.publish("train/speed", b"1", qos=1)
+        wait_until(lambda: daemon.rows() == 1)
+        broker.kill()
+        (broker.directory / "mosquitto.db").unlink(missing_ok=True)
+        broker.start()
+        wait_until(lambda: bridge(daemon)["sessions_lost"] == 1)
+        daemon.wait_for_log("the broker has forgotten our session")
+        app.client.publish("train/speed", b"2", qos=1)
+        wait_until(lambda: daemon.rows() == 2)
+        app.close()
+
+
+def test_the_bridge_has_no_thread_of_its_own_once_it_is_up(tmp_path: Path, start: Callable[..., Daemon]) -> None:
+    with Mosquitto(BROKER, directory=tmp_path / "mosquitto") as broker:
+        daemon = start(config_of(broker.url))
+        wait_up(daemon)
+        names = [path.read_text().strip() for path in Path(f"/proc/{daemon.process.pid}/task").glob("*/comm")]
+        threads = len(names)
+        app = App(broker.port)
+        for n in range(2000):
+            app.client.publish("train/speed", b"%d" % n, qos=1)
+        wait_until(lambda: daemon.rows() == 2000)
+        app.close()
+        assert len(list(Path(f"/proc/{daemon.process.pid}/task").iterdir())) == threads <= 2
