@@ -53,6 +53,7 @@ AUTHENTICATION_REASONS = frozenset({0x86, 0x87, 0x8A})
 TAKEN_OVER = 0x8E
 STOOD_S_MIN = 5.0
 META_KEY = "bridge"
+NOTHING = "lineside/nothing"  # a filter that nobody is subscribed to
 
 
 class Bridge:
@@ -70,7 +71,7 @@ class Bridge:
         self._state = LinkState([self._url], random.Random(), self._loop.time())
         inbound = [self._journal.streams[each.stream] for each in config.inbound]
         release(self._journal, frozenset(stream.name for stream in inbound))
-        self._inflow = Inflow(self._journal, lambda: broker.router, self._answer)
+        self._inflow = Inflow(self._journal, lambda: broker.router, self.config.window, self._answer)
         self._outflow = Outflow(self._journal, inbound, self.config.window)
         self._client: Client | None = None
         self._socket: Any = None
@@ -89,6 +90,8 @@ class Bridge:
         self._fresh_start = False
         self._retained_known = False
         self._subscribing: int | None = None
+        self._asking: int | None = None
+        self._asked_at = 0.0
         self._sessions_lost = 0
         self._acknowledged = 0
 
@@ -209,6 +212,7 @@ class Bridge:
         client.on_message = self._on_message
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
+        client.on_unsubscribe = self._on_unsubscribe
         client.on_socket_close = self._on_socket_close
         client.on_socket_register_write = self._on_register_write
         return client
@@ -312,6 +316,15 @@ class Bridge:
         self._heard += 1
         if packet_id == self._subscribing:
             self._events.append(lambda: self._suback(reasons))
+
+    def _on_unsubscribe(
+        self, client: Client, _data: Any, packet_id: int, reasons: list[ReasonCode], properties: Properties | None
+    ) -> None:
+        self._heard += 1
+        if packet_id == self._asking:
+            self._asking = None
+            self._inflow.proven()
+            self._events.append(self._ask)
 
     def _on_socket_close(self, client: Client, _data: Any, sock: Any) -> None:
         self._read(False)
@@ -461,7 +474,7 @@ class Bridge:
 
     def _subscribe(self, client: Client, before: list[str] | None) -> None:
         """Ask for all topics at every connection: cheap, and right whatever the broker has restored itself from."""
-        self._subscribing = None
+        self._subscribing = self._asking = None
         five = self.config.version == "5.0"
         if before is not None and (gone := [topic for topic in before if topic not in self._topics]):
             client.unsubscribe(gone)
@@ -527,9 +540,19 @@ class Bridge:
             if message.qos:
                 client.ack(message.packet_id, message.qos)
                 self._acknowledged += 1
+        self._ask()
         self._state.settled()
         if self._stopping:
             self._goodbye()
+
+    def _ask(self) -> None:
+        """UNSUBSCRIBE from nothing: a broker reads in order, so that UNSUBACK says it has read every PUBACK before it.
+
+        PINGREQ would do, but paho tells nobody of a PINGRESP. (MQTT 5.0 §3.10.4: answered though nothing matches.)
+        """
+        if self._client is not None and self._socket is not None and self._inflow.ask():
+            _, self._asking = self._client.unsubscribe(NOTHING)
+            self._asked_at = self._loop.time()
 
     def _publish(self, topic: str, message: Message, expiry_s: int | None) -> int | None:
         client = self._client
@@ -549,6 +572,10 @@ class Bridge:
         client = self._client
         if client is not None and self._socket is not None:
             client.loop_misc()
+            if self._asking is not None and self._reading:
+                silent_s = self._loop.time() - self._asked_at
+                if silent_s > self.config.keep_alive_s + self.config.connect_timeout_s:
+                    self._abort("the broker does not answer UNSUBSCRIBE")
             if self._events:
                 self._after()
             elif self._inflow.blocked:

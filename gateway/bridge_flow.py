@@ -49,16 +49,24 @@ class Inflow:
     One batch of ours is in the journal at a time, and what arrives meanwhile waits here: so a batch that the disk does
     not take goes again before anything that came after it (promise P2), and nobody has to be disconnected for it.
     What is neither staged nor answered is the broker's to send again, so that losing this object loses nothing.
+
+    A crash makes the broker repeat what is in the journal and whose answer it has not read. To bound that, no more than
+    `window` messages are in that place, whatever the broker sends: `ask` says when to have it prove what it has read.
+    (Mosquitto 2.0 keeps to no receive maximum: acknowledged in order, it sends far more.)
     """
 
     def __init__(
         self,
         journal: Journal,
         router: Callable[[], Router],
+        window: int,
         answer: Callable[[list[Taken]], None],
     ) -> None:
         self._journal = journal
         self._router = router
+        self._window = window
+        self._unproven = 0  # answered since the last question
+        self._asked = 0  # answered before the question that is out
         self._answer = answer
         self._queue: deque[Taken] = deque()
         self._queue_bytes = 0
@@ -87,6 +95,7 @@ class Inflow:
     def connected(self) -> None:
         """A new connection: what is unanswered comes again, and answers to the old connection's are void."""
         self._connection += 1
+        self._unproven = self._asked = 0
         self._queue.clear()
         self._queue_bytes = 0
         self._blocked = None
@@ -116,7 +125,8 @@ class Inflow:
         router, queue, journal = self._router(), self._queue, self._journal
         age_us = journal.age_us()
         done: list[Taken] = []
-        while queue:
+        room = self._window - self.staged - self._unproven - self._asked
+        while queue and len(done) < room:
             message = queue[0]
             try:
                 self._append(message, router, age_us)
@@ -130,6 +140,17 @@ class Inflow:
         if done:
             self.staged += len(done)
             journal.wait(self, (self._connection, done))
+
+    def ask(self) -> bool:
+        """Whether to ask the broker something whose answer proves that it has read our acknowledgements so far."""
+        if self._asked or 2 * self._unproven < self._window:
+            return False
+        self._asked, self._unproven = self._unproven, 0
+        return True
+
+    def proven(self) -> None:
+        """The answer has come."""
+        self._asked = 0
 
     def _append(self, message: Taken, router: Router, age_us: int) -> None:
         topic, qos, _, dup, payload, properties, known = message
@@ -161,7 +182,9 @@ class Inflow:
     def committed(self, tokens: list[tuple[int, list[Taken]]]) -> None:
         """The commit that holds these messages is on disk: now, and only now, they are acknowledged."""
         self.staged -= sum(len(messages) for _, messages in tokens)
-        self._answer([each for connection, messages in tokens if connection == self._connection for each in messages])
+        mine = [each for connection, messages in tokens if connection == self._connection for each in messages]
+        self._unproven += sum(each.qos > 0 for each in mine)
+        self._answer(mine)
         self.stage()
 
     def failed(self, tokens: list[tuple[int, list[Taken]]], error: JournalFull) -> None:

@@ -71,10 +71,10 @@ def taken(n: int, topic: str = "train/speed", qos: int = 1, *, dup: bool = False
 class Near:
     """An inflow with what it answered."""
 
-    def __init__(self, journal: Journal, broker: Broker) -> None:
+    def __init__(self, journal: Journal, broker: Broker, window: int = 1000) -> None:
         self.answered: list[int] = []
         self.journal = journal
-        self.flow = Inflow(journal, lambda: broker.router, self._answer)
+        self.flow = Inflow(journal, lambda: broker.router, window, self._answer)
         self.flow.connected()
 
     def _answer(self, messages: list[Taken]) -> None:
@@ -226,6 +226,30 @@ def test_who_sends_without_a_window_is_no_longer_read_at_a_bound(near: Near, jou
     assert near.flow.held * size <= HELD_BYTES_MAX + size
     near.flow.connected()
     assert not near.flow.full
+
+
+def test_no_more_is_journaled_than_the_window_before_the_broker_proves_what_it_has_read(
+    journal: Journal, broker: Broker
+) -> None:
+    near = Near(journal, broker, window=4)
+    near.receive(*(taken(n) for n in range(1, 11)))
+    assert near.flow.staged == 4
+    assert not near.flow.ask()
+    journal.commit_now()
+    assert near.answered == [1, 2, 3, 4]
+    near.flow.stage()
+    assert near.flow.staged == 0
+    assert near.flow.ask()
+    assert not near.flow.ask()
+    near.flow.stage()
+    assert near.flow.staged == 0
+    near.flow.proven()
+    near.flow.stage()
+    assert near.flow.staged == 4
+    journal.commit_now()
+    near.flow.connected()
+    near.receive(taken(9, dup=True))
+    assert near.flow.staged == 1
 
 
 def test_after_closing_nothing_more_is_stored(near: Near, journal: Journal) -> None:
