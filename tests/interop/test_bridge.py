@@ -459,8 +459,8 @@ def test_what_tls_has_read_ahead_is_not_left_lying(pki: Pki, start: Callable[...
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = threading.Thread(target=one_record, args=(listening, pki, count), daemon=True)
         server.start()
-        url = f"mqtts://localhost:{listening.getsockname()[1]}"
-        daemon = start(config_of(url, "3.1.1", more=f'ca = "{pki.ca}"'))
+        url = f"mqtts://localhost:{listening.getsockname()[1]}"  # which answers no UNSUBSCRIBE: a window it never fills
+        daemon = start(config_of(url, "3.1.1", more=f'ca = "{pki.ca}"', window=1000))
         wait_until(lambda: daemon.rows() == count, what=daemon.log.read_text)
         daemon.end()
         server.join(WAIT_S)
