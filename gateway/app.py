@@ -288,6 +288,8 @@ class App:
                     await self.committer.drain()  # who waits for an acknowledgement gets it
             except TimeoutError:
                 log.error("the disk is too slow to finish the last commit in time")
+        if self._bridge is not None:
+            await self._bridge.stopped()
         if self._mqtt is not None:
             self._mqtt.stop()
         if self._amqp is not None:

@@ -52,6 +52,7 @@ RETAIN_IF_NEW = 1
 AUTHENTICATION_REASONS = frozenset({0x86, 0x87, 0x8A})
 TAKEN_OVER = 0x8E
 STOOD_S_MIN = 5.0
+GOODBYE_S_MAX = 1.0
 META_KEY = "bridge"
 NOTHING = "lineside/nothing"  # a filter that nobody is subscribed to
 
@@ -92,6 +93,7 @@ class Bridge:
         self._subscribing: int | None = None
         self._asking: int | None = None
         self._asked_at = 0.0
+        self._gone = asyncio.Event()
         self._sessions_lost = 0
         self._acknowledged = 0
 
@@ -107,16 +109,30 @@ class Bridge:
         self._kick()
 
     def stop(self) -> None:
-        """Read no more; say goodbye once what is being written has been acknowledged. The session stays."""
+        """Take no more; say goodbye once what is being written has been acknowledged. The session stays.
+
+        Reads on until the broker has proved that it has read the acknowledgements: closing a socket that holds unread
+        bytes resets the connection, and would take them with it. `stopped` waits for that.
+        """
         self._stopping = True
         self._state.stop(self._loop.time())
         for timer in (self._timer, self._deadline, self._tick_timer):
             if timer is not None:
                 timer.cancel()
-        self._read(False)
         self._inflow.close()
-        if not self._inflow.staged:
-            self._goodbye()
+        self._read(True)
+        if self._socket is None:
+            self._gone.set()
+        elif not self._inflow.staged:
+            self._farewell()
+
+    async def stopped(self) -> None:
+        """Until the connection is closed, or the broker has had its time for it."""
+        try:
+            async with asyncio.timeout(GOODBYE_S_MAX):
+                await self._gone.wait()
+        except TimeoutError:
+            self._abort("stopped")
 
     def committed(self) -> None:
         """The journal has more, or has room again."""
@@ -321,7 +337,9 @@ class Bridge:
         self, client: Client, _data: Any, packet_id: int, reasons: list[ReasonCode], properties: Properties | None
     ) -> None:
         self._heard += 1
-        if packet_id == self._asking:
+        if packet_id == self._asking and self._stopping:
+            self._events.append(self._goodbye)
+        elif packet_id == self._asking:
             self._asking = None
             self._inflow.proven()
             self._events.append(self._ask)
@@ -330,6 +348,8 @@ class Bridge:
         self._read(False)
         self._write(False)
         self._socket = None
+        if self._stopping:
+            self._gone.set()
 
     def _on_register_write(self, client: Client, _data: Any, sock: Any) -> None:
         if self._socket is not None and not self._flush_due:  # else it is the dialling thread that calls
@@ -397,6 +417,10 @@ class Bridge:
         client.disconnect()
         client.loop_write()
         self._after()
+
+    def _farewell(self) -> None:
+        if self._client is not None and self._socket is not None:
+            _, self._asking = self._client.unsubscribe(NOTHING)
 
     def _goodbye(self) -> None:
         client = self._client
@@ -540,10 +564,11 @@ class Bridge:
             if message.qos:
                 client.ack(message.packet_id, message.qos)
                 self._acknowledged += 1
-        self._ask()
         self._state.settled()
         if self._stopping:
-            self._goodbye()
+            self._farewell()
+        else:
+            self._ask()
 
     def _ask(self) -> None:
         """UNSUBSCRIBE from nothing: a broker reads in order, so that UNSUBACK says it has read every PUBACK before it.
