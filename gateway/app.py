@@ -15,12 +15,13 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gateway
 from gateway import sys_topics
 from gateway.access import Access
 from gateway.amqp.listener import AmqpListener
+from gateway.bridge_flow import release
 from gateway.broker import Broker
 from gateway.committer import Committer
 from gateway.config import Amqp, Config, Listen, Mqtt, load
@@ -38,6 +39,9 @@ from security.tls import TLSFileError
 from storeforward import maintenance
 from storeforward.errors import JournalError
 from storeforward.journal import Batch, Journal
+
+if TYPE_CHECKING:
+    from gateway.bridge import Bridge
 
 log = logging.getLogger("lineside")
 
@@ -68,6 +72,7 @@ class App:
         self._hubs: list[HubLink] = []
         self._mqtt: MqttListener | None = None
         self._amqp: AmqpListener | None = None
+        self._bridge: Bridge | None = None
         self._netlink: socket.socket | None = None
         self._rates = (0.0, 0.0)
         self._counted = (0, 0)
@@ -95,6 +100,7 @@ class App:
         self.committer = Committer(self.journal, self._loop, self._committed, self._fatal)
         await self._listen()
         self._start_hubs()
+        self._start_bridge()
         self._netlink = netlink.open_socket()
         if self._netlink is not None:
             self._loop.add_reader(self._netlink, self._network)
@@ -194,6 +200,17 @@ class App:
             self._hubs.append(link)
             link.start()
 
+    def _start_bridge(self) -> None:
+        self._bridge = None
+        if self.config.bridge is None:
+            for name in release(self.journal):
+                log.info("no bridge any more: it holds no messages", extra={"stream": name})
+            return
+        from gateway.bridge import Bridge  # paho is memory that a gateway without a bridge need not spend
+
+        self._bridge = Bridge(self.config, self.broker, self.committer.kick)
+        self._bridge.start()
+
     # ------------------------------------------------------------------ running
 
     def _committed(self, batch: Batch) -> None:
@@ -202,6 +219,8 @@ class App:
             hub.committed()
         if self._amqp is not None:
             self._amqp.committed()
+        if self._bridge is not None:
+            self._bridge.committed()
 
     def _fatal(self, error: JournalError) -> None:
         log.critical("the journal can't go on", extra={"error": str(error)})
@@ -213,6 +232,8 @@ class App:
         if netlink.drain(self._netlink):
             for hub in self._hubs:
                 hub.network_changed()
+            if self._bridge is not None:
+                self._bridge.network_changed()
 
     def _housekeeping(self) -> None:
         self.broker.run_due()
@@ -248,6 +269,7 @@ class App:
 
     def _measure(self) -> None:
         received = self._mqtt.received if self._mqtt is not None else 0
+        received += self._bridge.received if self._bridge is not None else 0
         settled = sum(h.settled for h in self._hubs)
         self._rates = (received - self._counted[0]) / RATE_S, (settled - self._counted[1]) / RATE_S
         self._counted = received, settled
@@ -296,6 +318,12 @@ class App:
                 hub.stop()
             self._hubs.clear()
             self._start_hubs()
+        bridged = (old.bridge, old.bridge_topics, old.inbound) != (config.bridge, config.bridge_topics, config.inbound)
+        if bridged:
+            if self._bridge is not None:
+                self._bridge.stop()
+                self._counted = self._counted[0] - self._bridge.received, self._counted[1]
+            self._start_bridge()
         self.committer.kick()
 
     # ------------------------------------------------------------------ down
@@ -308,6 +336,8 @@ class App:
             server.close()
         for handshakes in self._handshakes:
             handshakes.stop()
+        if self._bridge is not None:
+            self._bridge.stop()
         failed = self._error is not None
         if not failed:
             try:
@@ -315,6 +345,8 @@ class App:
                     await self.committer.drain()  # who waits for an acknowledgement gets it
             except TimeoutError:
                 log.error("the disk is too slow to finish the last commit in time")
+        if self._bridge is not None:
+            await self._bridge.stopped()
         if self._mqtt is not None:
             self._mqtt.stop()
         if self._amqp is not None:
@@ -364,6 +396,7 @@ class App:
                 "received": self._mqtt.received if self._mqtt else 0,
                 "sent": self._mqtt.sent if self._mqtt else 0,
             },
+            "bridge": self._bridge.describe() if self._bridge is not None else None,
             "hubs": [h.describe() for h in self._hubs],
             "streams": [
                 {
