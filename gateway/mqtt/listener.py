@@ -792,12 +792,12 @@ def _ill_formed(filter: str) -> bool:
 
 
 def _run_of(messages: list[Published], at: int) -> list[Published]:
-    """The messages from `at` on that differ in nothing but packet id and payload, and have no properties."""
+    """The messages from `at` on that differ in nothing but packet id and payload: no properties, not retained."""
     topic, qos = messages[at][0], messages[at][1]
     end, count = at + 1, len(messages)
     while end < count:  # HOT: tests/bench, intake
         message = messages[end]
-        if message[0] is not topic or message[6] is not None or message[1] != qos:
+        if message[0] is not topic or message[6] is not None or message[1] != qos or message[2]:
             break
         end += 1
     return messages if end - at == count else messages[at:end]
