@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
@@ -442,3 +443,40 @@ def test_a_message_its_client_refused_is_not_sent_again(kind: int, join: Connect
     client = join(V5, name, **LASTING)
     speaker.publish(topic, b"marker", 1)
     client.message(b"marker")
+
+
+# -------------------------------------------------------------------------------------- many in one write
+def test_messages_in_one_write_keep_what_is_their_own(version: int, join: Connector) -> None:
+    """QoS, RETAIN, topic and properties of each, however the server gathers what comes together."""
+    stem, rng = fresh("burst/"), random.Random(7)
+    listener, speaker = join(version), join(version)
+    published = 8 if version == V5 else 0  # retain as published
+    listener.subscribe((f"{stem}/+", 2 | published))
+    for _ in range(30):
+        sent = []
+        for number in range(1, RECEIVE_MAXIMUM):
+            props = [(mqtt.USER_PROPERTY, ("n", str(number)))] if version == V5 and rng.random() < 0.2 else []
+            topic, qos, retain = f"{stem}/{rng.choice('aab')}", rng.choice((0, 1, 1, 1, 2)), rng.random() < 0.3
+            sent.append((topic, b"%d" % rng.randrange(1000), qos, retain, props))
+        speaker.say(
+            *[
+                mqtt.publish(version, topic, payload, qos, number, retain=retain, props=props)
+                for number, (topic, payload, qos, retain, props) in enumerate(sent, 1)
+            ]
+        )
+        speaker.say(*[mqtt.ack(mqtt.PUBREL, number) for number, each in enumerate(sent, 1) if each[2] == 2])
+        answers = {mqtt.PUBACK: 0, mqtt.PUBREC: 0, mqtt.PUBCOMP: 0}
+        for _ in range(sum((0, 1, 2)[each[2]] for each in sent)):
+            answers[speaker.hear().kind] += 1
+        twice = sum(each[2] == 2 for each in sent)
+        assert list(answers.values()) == [sum(each[2] == 1 for each in sent), twice, twice]
+        for topic, payload, qos, retain, props in sent:
+            flag = retain and version == V5
+            assert listener.message(payload, topic=topic, qos=qos, retain=flag).props == props
+        for topic in {each[0] for each in sent if each[3]}:
+            (kept,) = [each[:3] for each in sent if each[0] == topic and each[3]][-1:]
+            late = join(version)
+            late.say(mqtt.subscribe(version, 1, (topic, 2)))
+            (got,) = [each for each in (late.hear(), late.hear()) if each.kind == mqtt.PUBLISH]
+            assert (got.topic, got.payload, got.qos, got.retain) == (*kept, True)
+            late.drop()
