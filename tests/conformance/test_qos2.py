@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
@@ -251,3 +252,63 @@ def test_versions_do_not_mix_their_words(join: Connector) -> None:
     (listener, topic), speaker = listening(V5, join, "mix/"), join(V3)
     speaker.publish(topic, b"x", 2)
     assert listener.message(b"x", qos=2).props == []
+
+
+# ------------------------------------------------------------------------------------------- cuts at any point
+@pytest.mark.parametrize("seed", range(4))
+def test_each_message_arrives_once_and_in_order_whatever_is_cut(version: int, seed: int, join: Connector) -> None:
+    """Publisher and subscriber lose their connection at random points and go on as the standard has them do."""
+    rng = random.Random(seed)
+    topic, names = fresh("cuts/"), (fresh("cut"), fresh("cut"))
+    speaker, listener = join(version, names[0], **LASTING), join(version, names[1], **LASTING)
+    listener.subscribe(topic, qos=2)
+    got: list[bytes] = []
+    begun: dict[int, None] = {}  # identifiers of which the PUBLISH was taken and the PUBREL has not come
+
+    def listen() -> None:
+        """Answer one packet, and now and then vanish before or after answering."""
+        nonlocal listener
+        try:
+            heard = listener.hear(0.05)
+        except TimeoutError:
+            return
+        cut = rng.random()
+        if cut > 0.1:
+            if heard.kind == mqtt.PUBLISH:
+                if heard.packet_id not in begun:
+                    begun[heard.packet_id] = None
+                    got.append(heard.payload)
+                listener.say(mqtt.ack(mqtt.PUBREC, heard.packet_id))
+            else:
+                assert heard.kind == mqtt.PUBREL
+                begun.pop(heard.packet_id, None)
+                listener.say(mqtt.ack(mqtt.PUBCOMP, heard.packet_id))
+        if cut < 0.2:
+            listener.drop()
+            listener = join(version, names[1], **LASTING)
+
+    for number in range(1, 31):
+        released = False
+        dup = False
+        while True:
+            if released:
+                speaker.say(mqtt.ack(mqtt.PUBREL, number))
+            else:
+                speaker.say(mqtt.publish(version, topic, b"%d" % number, 2, number, dup=dup))
+            if rng.random() < 0.15:  # the answer is lost
+                speaker.drop()
+                speaker = join(version, names[0], **LASTING)
+                dup = True
+                continue
+            answer = speaker.hear()
+            assert answer.packet_id == number
+            assert answer.kind == (mqtt.PUBCOMP if released else mqtt.PUBREC)
+            if released:
+                break
+            released = True
+        listen()
+    end = time.monotonic() + 20
+    while (len(got) < 30 or begun) and time.monotonic() < end:
+        listen()
+    assert got == [b"%d" % number for number in range(1, 31)]
+    assert not begun
