@@ -528,7 +528,8 @@ class ServerConnection:
         """Queue a CONNACK of success, and return the events of what was held behind CONNECT.
 
         `assigned_client_id` is required where the client sent none; `session_expiry_s` only where it differs from
-        what the client asked (MQTT 5.0 §3.2.2.3.2). Nothing happens if the client is gone meanwhile.
+        what the client asked (MQTT 5.0 §3.2.2.3.2). Nothing happens if the client is gone meanwhile. A client that
+        takes no packet as large as its CONNACK is refused instead, and then `closing`.
         """
         if self.state is State.CLOSED:
             return []
@@ -536,8 +537,6 @@ class ServerConnection:
         assert connect is not None, "accept before CONNECT"
         assert connect.client_id or assigned_client_id, "a client without an identifier is given one"
         assert not (session_present and connect.clean_start), "a clean start has no session"  # MQTT-3.2.2-2
-        self._enter(Cause.ACCEPT)
-        self.client_id = assigned_client_id or connect.client_id
         limits = self.limits
         properties = ConnackProperties(
             session_expiry_interval=session_expiry_s,
@@ -553,7 +552,13 @@ class ServerConnection:
             server_keep_alive=self.keep_alive_s if self.keep_alive_s != connect.keep_alive else None,
             response_information=response_information,
         )
-        self._out.append(encode(Connack(session_present, 0, properties), self.version))
+        worded = encode(Connack(session_present, 0, properties), self.version)
+        if len(worded) > self._send_max_bytes:  # MQTT-3.1.2-24
+            self.refuse(Reason.PACKET_TOO_LARGE, "the client takes no CONNACK of this size")
+            return []
+        self._enter(Cause.ACCEPT)
+        self.client_id = assigned_client_id or connect.client_id
+        self._out.append(worded)
         held = bytes(self._buffer)
         self._buffer.clear()
         return self._process(held) if held else []
@@ -583,7 +588,8 @@ class ServerConnection:
         worded = encode(Connack(False, reason, ConnackProperties(reason_string=text or None)), V5)
         if len(worded) > self._send_max_bytes:
             worded = encode(Connack(False, reason), V5)
-        self._out.append(worded)
+        if len(worded) <= self._send_max_bytes:
+            self._out.append(worded)
 
     # --------------------------------------------------------------------------------------- packets
     def _take_packets(self, data: bytes, events: list[Event]) -> int:

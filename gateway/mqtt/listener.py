@@ -566,7 +566,9 @@ class Client(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._set_timer()
-        if not self._conn.closing:  # what was held may end with DISCONNECT
+        if self._conn.closing and not held:
+            self._leave(clean=True)  # refused after all: it never was connected, so its will means nothing
+        elif not self._conn.closing:  # what was held may end with DISCONNECT
             self._broker.attach(session, self)
         self._take(held)
         self._resume()

@@ -284,6 +284,22 @@ def test_a_refusal_or_goodbye_leaves_out_what_the_client_cannot_take(dial: Dial,
     assert all(len(each.raw) <= 60 for each in client.expect_close(0x82))
 
 
+def test_a_client_that_takes_no_connack_is_refused_within_its_limit_and_leaves_no_will(
+    dial: Dial, join: Connector
+) -> None:
+    topic = fresh("tiny/")
+    listener = join(V5)
+    listener.subscribe(topic, qos=0)
+    for limit, answers in ((1, 0), (4, 0), (5, 1), (8, 1)):
+        client = dial(V5)
+        client.say(mqtt.connect(V5, fresh(), will=mqtt.Will(topic), props=[(mqtt.MAXIMUM_PACKET, limit)]))
+        heard = client.expect_close(0x95)
+        assert len(heard) == answers
+        assert all(len(each.raw) <= limit for each in heard)
+    join(V5).publish(topic, b"marker")
+    listener.message(b"marker")
+
+
 @pytest.mark.parametrize("kind", [mqtt.PUBACK, mqtt.PUBREC, mqtt.PUBCOMP, mqtt.SUBACK, mqtt.UNSUBACK])
 def test_no_acknowledgement_exceeds_the_clients_packet_size(kind: int, join: Connector) -> None:
     limit = 64
