@@ -30,7 +30,7 @@ from gateway.notify import Notifier, set_up_logging
 from gateway.uplink import netlink
 from gateway.uplink.hub import HubLink
 from storeforward import maintenance
-from storeforward.errors import JournalError
+from storeforward.errors import JournalError, JournalFull
 from storeforward.journal import Batch, Journal
 
 log = logging.getLogger("lineside")
@@ -190,8 +190,6 @@ class App:
         self.broker.expire_sessions()
         self.broker.trim_sessions()
         self.journal.reclaim()
-        if self.journal.disk_full:
-            self.journal.pending.touched[self.broker.local] = None  # every commit also looks for space
         if self.journal.pending:
             self.committer.kick()
         self._loop.call_later(HOUSEKEEPING_S, self._housekeeping)
@@ -279,7 +277,10 @@ class App:
         if failed:
             log.critical("stopped by a journal error; the next start deals with it", extra={"error": str(self._error)})
             return 1
-        self.journal.close()
+        try:
+            self.journal.close()
+        except JournalFull as error:
+            log.error("the last cursors were not stored; some messages go again", extra={"error": error.reason})
         log.info("stopped")
         return 0
 
