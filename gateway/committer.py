@@ -3,8 +3,9 @@
 While one commit syncs, the next batch gathers. Before the next commit it waits a tenth of what the last one took, at
 most 2 ms, so that clients with half a window outstanding do not make every other batch half empty.
 
-With the disk full, every commit is followed by a step that gives space back, at once while there is more to give back;
-when there is nothing to do, it looks every half second whether somebody else has made room.
+With the disk full, every commit is followed by a step that gives space back, and more of them follow at once while
+there is more to give back; when intake goes on before that is over, they fill the pauses between commits. When there
+is nothing to give back, it looks every half second whether somebody else has made room.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Committer:
         self._failures = 0
         self._looking: asyncio.TimerHandle | None = None
         self._wal_held = False
+        self._giving_back = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._last_s = 0.0
@@ -109,7 +111,7 @@ class Committer:
         self._take_again()
         if self._stopped:
             return
-        if journal.disk_full:
+        if journal.disk_full or (self._giving_back and not journal.pending):
             self._recover()
         elif journal.checkpoint_due():
             self._executor.submit(journal.checkpoint).add_done_callback(self._checkpoint_is_back)
@@ -185,9 +187,9 @@ class Committer:
             self._fatal_error(error)
             return
         journal = self.journal
-        if journal.disk_full:
-            journal.reclaim()
+        journal.reclaim()
         self._take_again()
+        self._giving_back = future.result() or journal.disk_full
         if future.result() and not journal.pending:
             self._recover()
         else:

@@ -34,12 +34,11 @@ COLUMNS = 6
 DELETE_ROWS_MAX = 4096
 DELETE_ROWS_MIN = 256
 READ_ROWS_MAX = 1024
-PENDING_BYTES_MAX = 8 << 20
 STATEMENTS_DISK_FULL_MAX = 512
-LOSS_DETAIL_CHARS_MAX = 500
+LOSS_DETAIL_CHARS_MAX = 200
 # With this much free beside what a batch can cost, nobody has to look closer.
 ROOM_BYTES_PLENTY = 64 << 20
-ROW_BYTES = 96
+ROW_BYTES = 64
 FIXED_PAGES = 16
 PAGES_A_STREAM = 4
 BUSY_S = 5
@@ -143,7 +142,10 @@ class Journal:
         self._checkpoint_at_bytes = 0
         self._delete_bytes_left = 0
         self._losses_untrimmed = 0
+        self._ledger_rows_full: int | None = None
         self._bad_rows: set[int] = set()
+        self._wal_held = False
+        self._few_as_they_may_be: set[Stream] = set()
         self.salvaged: str | None = None
         self.dead_count = 0
         self.loss_count = 0
@@ -509,12 +511,21 @@ class Journal:
             return
         self.execute(_INSERT_LOSS, (self.wall_us, stream, seq, reason, size, detail))
         self._losses_untrimmed += 1
-        if self._losses_untrimmed >= self.space.ledger_rows // 16:
+        if self._losses_untrimmed >= self.space.ledger_rows_trim:
             self._trim_ledger()
 
     def _trim_ledger(self) -> None:
+        """Bound the ledger's rows, oldest first; the totals stay. While the disk is full it grows by a little only."""
         self._losses_untrimmed = 0
-        self.execute("DELETE FROM loss WHERE id <= (SELECT max(id) FROM loss) - ?", (self.space.ledger_rows,))
+        rows_max = self.space.ledger_rows
+        if not self.disk_full:
+            self._ledger_rows_full = None
+        else:
+            if self._ledger_rows_full is None:
+                ((rows,),) = self.query("SELECT coalesce(max(id) - min(id) + 1, 0) FROM loss")
+                self._ledger_rows_full = rows + self.space.ledger_rows_trim
+            rows_max = min(rows_max, self._ledger_rows_full)
+        self.execute("DELETE FROM loss WHERE id <= (SELECT max(id) FROM loss) - ?", (rows_max,))
 
     def _stage_losses(self, batch: Batch) -> None:
         ex = self._w.execute
@@ -528,7 +539,7 @@ class Journal:
             text = detail if messages == 1 else f"{detail} ({messages} messages)".strip()
             ex(_INSERT_LOSS, (self.wall_us, stream, 0, reason, size, text))
         self._losses_untrimmed += len(batch.unnumbered)
-        if self._losses_untrimmed >= self.space.ledger_rows // 16:
+        if self._losses_untrimmed >= self.space.ledger_rows_trim:
             self._trim_ledger()
 
     def bury(self, stream: Stream, row: Row, condition: str, description: str) -> None:
@@ -645,6 +656,7 @@ class Journal:
             self._admit(batch)
         elif self.disk_full:
             batch = self._first_part(batch)
+            self._afford(batch)
         self.under_way = batch
         self.wall_us = int(self._wall() * 1e6)
         self._delete_bytes_left = self.space.delete_bytes_full if self.disk_full else self.space.delete_bytes
@@ -755,12 +767,25 @@ class Journal:
         free = self.space.free_bytes()
         if free > 2 * cost + ROOM_BYTES_PLENTY:
             return
-        need = 2 * cost + self._growth_bytes()
-        if free + self._wal_slack_bytes() >= need:
+        if self._room_bytes() >= 2 * cost:
             return
         self.disk_full = True
-        self.space.ask(need)
-        raise self._take_back(batch, f"the disk is full: {free} bytes free, {need} needed")
+        self.space.ask(2 * cost)
+        raise self._take_back(batch, f"the disk is full: {free} bytes free")
+
+    def _afford(self, batch: Batch) -> None:
+        """With the disk full, what is written must leave room, the reserve counted, to copy the WAL into the file.
+
+        A reader that holds a snapshot keeps the WAL from being copied: cursors and the ledger can still be written for
+        a while, deletions wait (they would only fill the WAL), and then all of it waits until the reader is gone.
+        """
+        size = sum(len(p) for _, parameters in batch.statements for p in parameters if isinstance(p, (str, bytes)))
+        cost = 2 * size + FIXED_PAGES * schema.PAGE_SIZE_BYTES
+        if batch.touched and not self._wal_held:
+            cost += 2 * self.space.delete_bytes_full
+        reserve = self.space.reserve_bytes if self.space.laid_by else 0
+        if self._room_bytes() + reserve < cost:
+            raise self._take_back(batch, "the disk is full, and the reserve spent", keep_waiting=True)
 
     def _first_part(self, batch: Batch) -> Batch:
         """With the disk full, no more statements at a time than surely fit the reserve; the rest waits, in order.
@@ -791,7 +816,8 @@ class Journal:
             # Not to wait for a reader: nothing else could be committed meanwhile.
             self._w.execute("PRAGMA busy_timeout = 0")
             try:
-                if not self.wal_bytes() or self._checkpoint("TRUNCATE"):
+                self._wal_held = bool(self.wal_bytes()) and not self._checkpoint("TRUNCATE")
+                if not self._wal_held:
                     more = self._vacuum()
             finally:
                 self._w.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000}")
@@ -803,9 +829,9 @@ class Journal:
             return space.spend()
         if not space.laid_by and space.room_for_reserve():
             space.lay_by()
-        if space.laid_by and space.free_bytes() >= space.intake_bytes:
+        if space.laid_by and self._room_bytes() >= space.intake_bytes:
             self.disk_full = False
-        return more and self.disk_full
+        return more
 
     def _vacuum(self) -> bool:
         """Give a bounded number of free pages back to the file system; whether there are more."""
@@ -819,20 +845,26 @@ class Journal:
 
     def reclaim(self) -> None:
         """Have rows that nobody needs deleted with the next commit, few as they may be."""
+        if self.disk_full and self._wal_held:
+            return
         for stream in self.streams.values():
             if stream.rows and stream.low() > stream.first_seq:
-                self.pending.touched[stream] = None
+                self._delete_with_next(stream)
 
-    def _growth_bytes(self) -> int:
-        """How much longer the file gets when what is in the WAL is copied into it."""
-        page_bytes, _, pages, _ = self._wal_index()
-        return max(0, pages * page_bytes - (self.state_dir / "journal.db").stat().st_size)
+    def _delete_with_next(self, stream: Stream) -> None:
+        self.pending.touched[stream] = None
+        self._few_as_they_may_be.add(stream)
 
-    def _wal_slack_bytes(self) -> int:
-        """What can be written to the WAL without making its file longer."""
-        page_bytes, frames, _, copied = self._wal_index()
+    def _room_bytes(self) -> int:
+        """What is free, less what the file still grows by when the WAL is copied into it.
+
+        What can be written to the WAL without making its file longer counts as free.
+        """
+        page_bytes, frames, pages, copied = self._wal_index()
+        growth = max(0, pages * page_bytes - (self.state_dir / "journal.db").stat().st_size)
         used = 0 if frames == copied else frames * page_bytes
-        return max(0, (self.state_dir / "journal.db-wal").stat().st_size - used)
+        slack = max(0, (self.state_dir / "journal.db-wal").stat().st_size - used)
+        return self.space.free_bytes() + slack - growth
 
     def _wal_index(self) -> tuple[int, int, int, int]:
         try:
@@ -866,13 +898,17 @@ class Journal:
 
         With `into`, the deletion becomes part of that batch; without, it joins the transaction that is open.
         """
+        if self.disk_full and self._wal_held and not all_of_it:
+            return False
         low = min(stream.low() if before is None else before, stream.committed)
         # A few are left for later, unless they are the last or room is short: each commit that deletes costs pages.
         # The last is not next_seq - 1: a batch that was taken back leaves a gap.
         staged = stream in self.pending.appended or (self.under_way is not None and stream in self.under_way.appended)
         last = low >= stream.committed and not staged
-        if low - stream.first_seq < (1 if all_of_it or last or self.disk_full else DELETE_ROWS_MIN):
+        few = all_of_it or last or stream in self._few_as_they_may_be
+        if low - stream.first_seq < (1 if few else DELETE_ROWS_MIN):
             return False
+        self._few_as_they_may_be.discard(stream)
         end = low
         if not all_of_it:
             low = min(low, stream.first_seq + DELETE_ROWS_MAX)
@@ -886,11 +922,11 @@ class Journal:
             if all_of_it or size <= left or low - stream.first_seq == 1:
                 break
             if left <= 0:
-                self.pending.touched[stream] = None  # in its turn
+                self._delete_with_next(stream)
                 return False
             low = stream.first_seq + max(1, min((low - stream.first_seq) * left // size, (low - stream.first_seq) // 2))
         if low < end:
-            self.pending.touched[stream] = None  # the next commit goes on
+            self._delete_with_next(stream)
         if into is None:
             self._delete_bytes_left -= size
             self._w.execute("DELETE FROM message WHERE id >= ? AND id < ?", span)

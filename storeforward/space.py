@@ -18,6 +18,7 @@ RESERVE_BYTES_MAX = 16 << 20
 RESERVE_BYTES_MIN = 1 << 20
 RESERVE_SHARE = 8
 LEDGER_ROW_BYTES = 256
+LEDGER_SHARE = 64
 LEDGER_ROWS_MAX = 200_000
 
 
@@ -33,6 +34,8 @@ class Space:
         self.reserve_bytes = reserve
         # The WAL is copied into the file when it is longer; the copy, growth of the file included, fits the reserve.
         self.wal_bytes = reserve // 2
+        # Callers stop reading when this much is staged: WAL and one batch more fit the reserve.
+        self.pending_bytes = reserve // 4
         # What one commit may delete costs about as much WAL: with the disk full, an eighth of the reserve, and the
         # pages that every commit touches (cursor, stream, interior pages) another.
         self.delete_bytes = reserve // 4
@@ -40,7 +43,8 @@ class Space:
         self.statement_bytes_full = reserve // 8
         # A page that moves costs itself and the page that points to it.
         self.vacuum_pages = max(4, reserve // 8 // PAGE_SIZE_BYTES)
-        self.ledger_rows = min(LEDGER_ROWS_MAX, reserve // 4 // LEDGER_ROW_BYTES)
+        self.ledger_rows = min(LEDGER_ROWS_MAX, total // LEDGER_SHARE // LEDGER_ROW_BYTES)
+        self.ledger_rows_trim = min(1000, reserve // 16 // LEDGER_ROW_BYTES)
         self._intake_bytes = (reserve, max(reserve, total // 4))
         self.intake_bytes = reserve
         self.laid_by = False
@@ -56,7 +60,7 @@ class Space:
         return self.free_bytes() >= self.reserve_bytes + self.delete_bytes
 
     def ask(self, need_bytes: int) -> None:
-        """A batch that needed this much was refused: have as much free before the next is let in, within reason."""
+        """A batch that needed this much was refused: have as much room before the next is let in, within reason."""
         low, high = self._intake_bytes
         self.intake_bytes = min(max(need_bytes, low), high)
 

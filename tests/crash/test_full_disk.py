@@ -48,7 +48,7 @@ def small_disk(path: Path, kind: str, mib: int) -> Iterator[Path]:
     try:
         yield path
     finally:
-        subprocess.run(["umount", str(path)], check=True)
+        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def used_bytes(path: Path) -> int:
@@ -116,7 +116,7 @@ def test_a_full_disk_refuses_intake_keeps_draining_and_takes_messages_again(
                 hub.end()
 
 
-def test_space_that_another_program_gives_back_is_used_without_a_restart_and_a_3_1_1_client_is_held_until_then(
+def test_space_that_another_program_gives_back_is_used_without_a_restart_and_a_3_1_1_client_waits_for_it(
     tmp_path: Path,
 ) -> None:
     with small_disk(tmp_path / "disk", "tmpfs", 12) as disk:
@@ -126,16 +126,15 @@ def test_space_that_another_program_gives_back_is_used_without_a_restart_and_a_3
             client = Client(daemon.port)
             client.publish(10)
             other = fill_up(disk)
-            infos = [client.client.publish("train/speed", PAYLOAD, qos=1) for _ in range(200)]
+            for _ in range(200):
+                client.client.publish("train/speed", PAYLOAD, qos=1)
             wait_until(lambda: daemon.status()["disk_full"])
             time.sleep(2 * 0.5)  # longer than it takes to look for room twice: none appears
             assert daemon.status()["disk_full"]
             assert client.acknowledged == 10
             other.unlink()
-            for info in infos:
-                info.wait_for_publish(RESUME_S_MAX)
+            wait_until(lambda: client.acknowledged == 210, RESUME_S_MAX)
             assert not daemon.status()["disk_full"]
-            assert client.acknowledged == 210
             assert daemon.rows() == 210
             client.close()
         finally:
@@ -190,6 +189,7 @@ def commit(journal: Journal) -> bool:
         journal.commit_now()
     except JournalFull:
         journal.recover()
+        journal.reclaim()
         return False
     if journal.disk_full:
         journal.recover()
@@ -237,10 +237,9 @@ def test_rounds_of_filling_and_draining_leave_memory_and_file_agreed_and_always_
         journal = Journal.open(disk)
         stream = outbound(journal, seen_max=200)
         told = Told()
-        expected: list[int] = []
         for other_fills in (False, True, False, True):
-            count = max(4, 200_000 // size)
-            for n in range(10_000):
+            count = max(4, 200_000 // (size + 100))
+            for n in range(1000):
                 append(journal, told, "alarms", count, size)
                 commit(journal)
                 if journal.disk_full:
@@ -253,7 +252,6 @@ def test_rounds_of_filling_and_draining_leave_memory_and_file_agreed_and_always_
             while journal.pending:
                 assert commit(journal)
             assert_memory_is_what_the_file_says(journal)
-            expected += [s for s in told.stored if s not in set(expected)]
 
             # Half drains, some of it refused by the hub, while nobody else gives anything back.
             cursor = stream.cursors["uplink"]
@@ -281,6 +279,8 @@ def test_rounds_of_filling_and_draining_leave_memory_and_file_agreed_and_always_
             assert_memory_is_what_the_file_says(journal)
         assert sorted(told.stored) == told.stored
         assert not set(told.stored) & set(told.refused)
+        while journal.recover():
+            pass
         journal.close()
         assert used_bytes(disk) < 4 * MIB
 
@@ -304,11 +304,16 @@ def test_a_reader_that_holds_a_snapshot_holds_space_up_and_nothing_else(tmp_path
         began = time.monotonic()
         came_through = [commit(journal) for _ in range(20)]
         assert time.monotonic() - began < 2, "no commit waits for the reader"
-        assert came_through[0]
+        assert came_through[0], "cursors can still be written"
         assert journal.disk_full
+        assert stream.rows == len(told.stored), "a deletion would only fill the WAL"
+        for n in range(1000):
+            journal.lose("alarms", n, "expired", 1)
+            if not commit(journal):
+                break
+        assert journal.space.laid_by or journal.space.free_bytes() > 0
         shell.execute("ROLLBACK")
         shell.close()
-        journal.reclaim()
         for _ in range(200):
             if not (journal.pending or journal.disk_full):
                 break
