@@ -668,7 +668,7 @@ class Journal:
         """
         tail = stream.tail
         if tail and seq >= tail[0].first_seq:
-            return _from_tail(tail, seq, rows_max, bytes_max)
+            return _from_tail(tail, max(seq, stream.first_seq), rows_max, bytes_max)
         out: list[Row] = []
         size = 0
         base = stream.base
