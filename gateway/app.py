@@ -37,7 +37,7 @@ from gateway.uplink import netlink
 from gateway.uplink.hub import HubLink
 from security.tls import TLSFileError
 from storeforward import maintenance
-from storeforward.errors import JournalError
+from storeforward.errors import JournalError, JournalFull
 from storeforward.journal import Batch, Journal
 
 if TYPE_CHECKING:
@@ -240,8 +240,6 @@ class App:
         self.broker.trim_sessions()
         self.broker.retained.expire(self.journal.age_us())
         self.journal.reclaim()
-        if self.journal.disk_full:
-            self.journal.pending.touched[self.broker.local] = None  # every commit also looks for space
         if self.journal.pending:
             self.committer.kick()
         self._loop.call_later(HOUSEKEEPING_S, self._housekeeping)
@@ -369,7 +367,10 @@ class App:
         if failed:
             log.critical("stopped by a journal error; the next start deals with it", extra={"error": str(self._error)})
             return 1
-        self.journal.close()
+        try:
+            self.journal.close()
+        except JournalFull as error:
+            log.error("the last cursors were not stored; some messages go again", extra={"error": error.reason})
         log.info("stopped")
         return 0
 

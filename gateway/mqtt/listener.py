@@ -41,7 +41,7 @@ from gateway.sessions import Session
 from security.identity import CertificateIdentity, certificate_identity
 from security.rules import Action
 from storeforward.errors import JournalFull
-from storeforward.journal import PENDING_BYTES_MAX, Journal
+from storeforward.journal import Journal
 
 log = logging.getLogger("lineside.mqtt")
 
@@ -295,7 +295,7 @@ class Client(asyncio.Protocol):
         done = self._append(messages)
         if done < len(messages):
             self._hold(messages[done:])
-        if self._journal.pending.size_bytes > PENDING_BYTES_MAX:
+        if self._journal.pending.size_bytes > self._journal.space.pending_bytes:
             self._pause()
             self._journal.wait(self, self._resume)
 
