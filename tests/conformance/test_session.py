@@ -176,6 +176,26 @@ def test_a_client_may_change_its_version_and_keep_its_session(dial: Dial, join: 
     client.message(b"x")
 
 
+def test_a_session_may_end_behind_a_message_at_qos_2(daemon: Daemon, join: Connector) -> None:
+    """The message is taken, the session forgets its identifier, and nobody else notices."""
+    topic = fresh("end/")
+    listener = join(V5)
+    listener.subscribe(topic, qos=2)
+    for n in range(20):
+        client = join(V5, **lasting())
+        client.say(mqtt.publish(V5, topic, b"%d" % n, 2, 9), mqtt.disconnect(V5, 0, [(EXPIRY, 0)]))
+        client.expect_close()
+        listener.message(b"%d" % n)
+    for n in range(20):
+        name = fresh("end")
+        old = join(V3, name, clean=False)
+        old.say(mqtt.publish(V3, topic, b"%d" % n, 2, 9))
+        new = join(V3, name, clean=True)
+        listener.message(b"%d" % n)
+        assert new.silence() == []
+    assert "the disk takes no messages" not in daemon.log.read_text()
+
+
 # ------------------------------------------------------------------------------------------------ restarts
 def test_sessions_exchanges_retained_messages_and_wills_survive_a_kill_of_the_server(
     version: int, daemon: Daemon, dial: Dial, join: Connector
