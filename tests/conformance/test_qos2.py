@@ -10,6 +10,7 @@ import pytest
 from tests.conformance import client as mqtt
 from tests.conformance.client import V3, V5, Client, fresh
 from tests.conformance.conftest import Connector
+from tests.daemon import Daemon
 
 LASTING = {"clean": False, "props": [(mqtt.SESSION_EXPIRY, 100)]}
 
@@ -255,60 +256,104 @@ def test_versions_do_not_mix_their_words(join: Connector) -> None:
 
 
 # ------------------------------------------------------------------------------------------- cuts at any point
-@pytest.mark.parametrize("seed", range(4))
-def test_each_message_arrives_once_and_in_order_whatever_is_cut(version: int, seed: int, join: Connector) -> None:
-    """Publisher and subscriber lose their connection at random points and go on as the standard has them do."""
-    rng = random.Random(seed)
-    topic, names = fresh("cuts/"), (fresh("cut"), fresh("cut"))
-    speaker, listener = join(version, names[0], **LASTING), join(version, names[1], **LASTING)
-    listener.subscribe(topic, qos=2)
-    got: list[bytes] = []
-    begun: dict[int, None] = {}  # identifiers of which the PUBLISH was taken and the PUBREL has not come
+class Exchange:
+    """A publisher and a subscriber at QoS 2 that lose their connections, or their server, at random points.
 
-    def listen() -> None:
-        """Answer one packet, and now and then vanish before or after answering."""
-        nonlocal listener
-        try:
-            heard = listener.hear(0.05)
-        except TimeoutError:
-            return
-        cut = rng.random()
-        if cut > 0.1:
-            if heard.kind == mqtt.PUBLISH:
-                if heard.packet_id not in begun:
-                    begun[heard.packet_id] = None
-                    got.append(heard.payload)
-                listener.say(mqtt.ack(mqtt.PUBREC, heard.packet_id))
-            else:
-                assert heard.kind == mqtt.PUBREL
-                begun.pop(heard.packet_id, None)
-                listener.say(mqtt.ack(mqtt.PUBCOMP, heard.packet_id))
-        if cut < 0.2:
-            listener.drop()
-            listener = join(version, names[1], **LASTING)
+    Both go on as the standard has them do. `got`: what the subscriber took; `begun`: by packet id, what it took and
+    was not released yet.
+    """
 
-    for number in range(1, 31):
-        released = False
-        dup = False
+    def __init__(self, version: int, seed: int, daemon: Daemon, kill_chance: float) -> None:
+        self.version, self.daemon, self.kill_chance = version, daemon, kill_chance
+        self.rng = random.Random(seed)
+        self.topic, self.names = fresh("cuts/"), (fresh("cut"), fresh("cut"))
+        self.got: list[bytes] = []
+        self.begun: dict[int, bytes] = {}
+        self.speaker, self.listener = self.join(self.names[0]), self.join(self.names[1])
+        self.listener.subscribe(self.topic, qos=2)
+
+    def join(self, name: str) -> Client:
+        client = Client(self.daemon.port, self.version)
+        client.connect(name, **LASTING)
+        return client
+
+    def kill(self) -> None:
+        self.daemon.process.kill()
+        self.daemon.process.wait()
+        self.daemon.start()
+        self.daemon.status()
+
+    def publish(self, number: int) -> None:
+        """One message through its whole exchange, begun again as often as it takes."""
+        released = dup = False
         while True:
-            if released:
-                speaker.say(mqtt.ack(mqtt.PUBREL, number))
-            else:
-                speaker.say(mqtt.publish(version, topic, b"%d" % number, 2, number, dup=dup))
-            if rng.random() < 0.15:  # the answer is lost
-                speaker.drop()
-                speaker = join(version, names[0], **LASTING)
+            try:
+                if released:
+                    self.speaker.say(mqtt.ack(mqtt.PUBREL, number))
+                else:
+                    self.speaker.say(mqtt.publish(self.version, self.topic, b"%d" % number, 2, number, dup=dup))
+                chance = self.rng.random()
+                if chance < self.kill_chance:
+                    self.kill()
+                elif chance < self.kill_chance + 0.15:
+                    self.speaker.drop()  # the answer is lost
+                answer = self.speaker.hear()
+            except (mqtt.Closed, OSError):
+                self.speaker = self.join(self.names[0])
                 dup = True
                 continue
-            answer = speaker.hear()
-            assert answer.packet_id == number
-            assert answer.kind == (mqtt.PUBCOMP if released else mqtt.PUBREC)
+            assert (answer.kind, answer.packet_id) == (mqtt.PUBCOMP if released else mqtt.PUBREC, number)
             if released:
-                break
+                return
             released = True
-        listen()
-    end = time.monotonic() + 20
-    while (len(got) < 30 or begun) and time.monotonic() < end:
-        listen()
-    assert got == [b"%d" % number for number in range(1, 31)]
-    assert not begun
+
+    def listen(self) -> None:
+        """Answer one packet, and now and then vanish before or after answering."""
+        try:
+            heard = self.listener.hear(0.05)
+            cut = self.rng.random()
+            if cut > 0.1:
+                self.answer(heard)
+            if cut < 0.2:
+                self.listener.drop()
+                self.listener = self.join(self.names[1])
+        except TimeoutError:
+            return
+        except (mqtt.Closed, OSError):
+            self.listener = self.join(self.names[1])
+
+    def answer(self, heard: mqtt.Packet) -> None:
+        if heard.kind == mqtt.PUBREL:
+            self.begun.pop(heard.packet_id, None)
+            self.listener.say(mqtt.ack(mqtt.PUBCOMP, heard.packet_id))
+            return
+        assert heard.kind == mqtt.PUBLISH, heard
+        if heard.packet_id not in self.begun:
+            self.begun[heard.packet_id] = heard.payload
+            self.got.append(heard.payload)
+        assert self.begun[heard.packet_id] == heard.payload, "an identifier stands for two messages"
+        self.listener.say(mqtt.ack(mqtt.PUBREC, heard.packet_id))
+
+    def run(self, count: int) -> None:
+        for number in range(1, count + 1):
+            self.publish(number)
+            self.listen()
+        end = time.monotonic() + 20
+        while (len(self.got) < count or self.begun) and time.monotonic() < end:
+            self.listen()
+        assert self.got == [b"%d" % number for number in range(1, count + 1)]
+        assert not self.begun
+        self.speaker.stream.close()
+        self.listener.stream.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_message_arrives_once_and_in_order_whatever_is_cut(version: int, seed: int, daemon: Daemon) -> None:
+    Exchange(version, seed, daemon, kill_chance=0).run(30)
+
+
+@pytest.mark.parametrize("seed", [7])
+def test_each_message_arrives_once_and_in_order_though_the_server_is_killed(
+    version: int, seed: int, daemon: Daemon
+) -> None:
+    Exchange(version, seed, daemon, kill_chance=0.06).run(20)
