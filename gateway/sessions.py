@@ -52,6 +52,7 @@ class Outlet(Protocol):
     ) -> int | None: ...
     def pubrel(self, packet_ids: Iterable[int]) -> None: ...
     def flush(self) -> None: ...
+    def come_back(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,15 +392,19 @@ class Session:
         outlet = self.outlet
         if outlet is None or self._plan is not None:
             return
+        more = False
         if not self.due or self._pump_due(outlet):
             for feed in self.feeds.values():
                 if not feed.live:
-                    self._pump_feed(feed, outlet)
+                    more = self._pump_feed(feed, outlet) or more
         outlet.flush()
+        if more:
+            outlet.come_back()
         if self._plan is not None:
             self._journal.wait(self, self._stamp)
 
-    def _pump_feed(self, feed: Feed, outlet: Outlet) -> None:
+    def _pump_feed(self, feed: Feed, outlet: Outlet) -> bool:
+        """Whether it stopped only to let others have a turn: then nothing else will wake it."""
         stream = feed.stream
         feed.next = max(feed.next, feed.cursor.position)
         budget = PUMP_ROWS_MAX
@@ -419,6 +424,7 @@ class Session:
             self._give_up(feed)
         feed.live = feed.next >= stream.committed and not feed.again
         self._settle(feed)
+        return done and budget <= 0 and not feed.live and not outlet.congested
 
     def _give_up(self, feed: Feed) -> None:
         """Of what was to be sent again, rows that are not there any more (the ledger says why)."""

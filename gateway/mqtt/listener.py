@@ -211,6 +211,14 @@ class Client(asyncio.Protocol):
     def reserve(self, qos: int, packet_id: int | None = None) -> int | None:
         return self._conn.reserve(qos, packet_id)
 
+    def come_back(self) -> None:
+        """There is more to read for the session; other clients have their turn first."""
+        self._loop.call_soon(self._pump_on)
+
+    def _pump_on(self) -> None:
+        if self._session is not None:
+            self._broker.pump(self._session)
+
     def pubrel(self, packet_ids: Iterable[int]) -> None:
         self._conn.pubrel(packet_ids)
 
