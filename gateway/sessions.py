@@ -38,7 +38,7 @@ class Outlet(Protocol):
     def window_left(self) -> int: ...
     @property
     def congested(self) -> bool: ...
-    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool: ...
+    def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool: ...
     def in_use(self, packet_ids: Iterable[int]) -> None: ...
     def reserve(self, qos: int, packet_id: int | None = None) -> int | None: ...
     def deliver(
@@ -310,14 +310,14 @@ class Session:
                 del self._due_again[n]
                 continue
             delivery = self._retained(due)
-            if delivery is None or not outlet.takes(delivery, due.identifiers):
+            qos = 0 if delivery is None else min(due.qos, delivery.qos) if again is None else again.qos
+            if delivery is None or not outlet.takes(delivery, qos, due.identifiers):
                 if delivery is not None:
                     self._too_large(delivery, "retained", 0)
                 self._forget_due(n)
                 if again is not None:
                     self.sent.pop(again.packet_id, None)
                 continue
-            qos = min(due.qos, delivery.qos) if again is None else again.qos
             if not qos:
                 self._now(_Planned(delivery, 0, True, due.identifiers, 0, None), outlet)
                 self._forget_due(n)
@@ -496,10 +496,10 @@ class Session:
         if want.no_local and delivery.source == self.client_id:
             return True
         identifiers = want.identifiers
-        if not outlet.takes(delivery, identifiers):
+        qos = min(want.qos, delivery.qos)
+        if not outlet.takes(delivery, qos, identifiers):
             self._too_large(delivery, feed.stream.name, row.seq)
             return True
-        qos = min(want.qos, delivery.qos)
         retain = delivery.retain and want.retain_as_published
         return self._send(delivery, qos, retain, identifiers, feed, row.seq, outlet, None)
 
@@ -780,11 +780,11 @@ class ShareGroup:
     ) -> None:
         delivery = self._desk.delivery(stream, row)
         identifiers = () if subscription.identifier is None else (subscription.identifier,)
-        if not outlet.takes(delivery, identifiers):
+        qos = min(subscription.qos, delivery.qos, 1)
+        if not outlet.takes(delivery, qos, identifiers):
             # Another member may take it; without one it waits, as for a group that nobody reads.
             group.release(session, row.seq, barred=True)
             return
-        qos = min(subscription.qos, delivery.qos, 1)
         retain = delivery.retain and subscription.retain_as_published
         number = outlet.deliver(delivery, qos, retain, identifiers)
         if number is None:
