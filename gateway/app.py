@@ -173,7 +173,7 @@ class App:
         for hub in self._hubs:
             hub.committed()
         if self._amqp is not None:
-            self._amqp.committed()
+            self._amqp.committed(batch)
 
     def _fatal(self, error: JournalError) -> None:
         log.critical("the journal can't go on", extra={"error": str(error)})
@@ -189,6 +189,8 @@ class App:
     def _housekeeping(self) -> None:
         self.broker.expire_sessions()
         self.broker.trim_sessions()
+        if self._amqp is not None:
+            self._amqp.housekeeping()
         self.journal.reclaim()
         if self.journal.disk_full:
             self.journal.pending.touched[self.broker.local] = None  # every commit also looks for space
@@ -197,7 +199,7 @@ class App:
         self._loop.call_later(HOUSEKEEPING_S, self._housekeeping)
 
     def _measure(self) -> None:
-        received = self._mqtt.received if self._mqtt is not None else 0
+        received = sum(each.received for each in (self._mqtt, self._amqp) if each is not None)
         settled = sum(h.settled for h in self._hubs)
         self._rates = (received - self._counted[0]) / RATE_S, (settled - self._counted[1]) / RATE_S
         self._counted = received, settled
@@ -236,6 +238,8 @@ class App:
         self.config = config
         logging.getLogger().setLevel(config.gateway.log_level.upper())
         self.broker.reload(config)
+        if self._amqp is not None:
+            self._amqp.reload()
         if (old.hubs, old.outbound, old.inbound) != (config.hubs, config.outbound, config.inbound):
             for hub in self._hubs:
                 hub.stop()
@@ -334,6 +338,8 @@ class App:
             for s in self.broker.sessions.values()
             if s.client_id not in here
         ]
+        if self._amqp is not None:
+            away += self._amqp.away()
         return {"clients": connected, "away": away}
 
     def _reload_command(self, _: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gateway.amqp.message import Message, decode
 from gateway.config import Config
@@ -34,6 +34,8 @@ class Broker:
         self._decoded: dict[tuple[int, int], Message] = {}
         self._filters: dict[Stream, list[str]] = {}
         self._readers: dict[Stream, list[Session]] = {}
+        # Whether AMQP apps are to find this topic's messages in a queue, though none of them reads there yet.
+        self.queue_for: Callable[[str], bool] = lambda topic: False
         self.local = self._streams_of(config)
         self.router = self._router()
         self._load()
@@ -69,9 +71,17 @@ class Broker:
             self._feed(session)
 
     def _read_locally(self, topic: str) -> bool:
+        if self.queue_for(topic):
+            return True
         return any(
             filter_matches(s.filter, topic) for each in self.sessions.values() for s in each.subscriptions.values()
         ) or any(c.kind == "amqp" for c in self.local.cursors.values())
+
+    def streams_for(self, filter_: str) -> list[Stream]:
+        """The streams that may hold messages which this filter takes."""
+        return [
+            stream for stream, filters in self._filters.items() if any(filters_overlap(filter_, f) for f in filters)
+        ]
 
     # ------------------------------------------------------------------ sessions
 

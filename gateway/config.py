@@ -41,6 +41,7 @@ from gateway.config_values import (
 from gateway.toml_lines import key_lines
 
 __all__ = [
+    "Address",
     "Amqp",
     "Config",
     "ConfigErrors",
@@ -306,6 +307,13 @@ class Inbound(_Table):
         return fill(self.address, gateway=gateway, stream=self.stream)
 
 
+class Address(_Table):
+    """`[[address]]`: what an address, or all that a filter takes, is to AMQP apps."""
+
+    name: TopicFilter = Field(description="an address, or a filter that takes several", examples=["jobs/#"])
+    kind: Literal["queue", "topic"] = Field(description="queue: one receiver gets a message; topic: all do")
+
+
 class Local(_Table):
     """`[local]`: what apps say to one another and no stream takes."""
 
@@ -323,6 +331,7 @@ class Config(_Table):
     hubs: tuple[Hub, ...] = Field(default=(), alias="hub", max_length=100)
     outbound: tuple[Outbound, ...] = ()
     inbound: tuple[Inbound, ...] = ()
+    addresses: tuple[Address, ...] = Field(default=(), alias="address", max_length=1000)
     local: Local = Local()
 
     def hub(self, name: str) -> Hub:
@@ -398,6 +407,7 @@ def explain(config: Config) -> list[str]:
             f"{show_size(inbound.max_bytes)} and {inbound.max_messages} messages, credit {inbound.credit}; "
             f"remembers {inbound.dedup} identities"
         )
+    lines += [f"address {each.name} is a {each.kind} to AMQP apps" for each in config.addresses]
     local = config.local
     full = _WHEN_FULL[local.when_full]
     lines.append(f"all other topics stay local, up to {show_size(local.max_bytes)}; when full, {full}")

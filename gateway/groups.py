@@ -33,6 +33,7 @@ class _Entry:
     holder: Hashable | None
     done: bool = False
     redelivered: bool = False
+    failures: int = 0
     barred: tuple[Hashable, ...] = ()
 
 
@@ -56,6 +57,18 @@ class Group:
     def members(self) -> int:
         return len(self._members)
 
+    def names(self) -> list[Hashable]:
+        """The members, in the order they joined."""
+        return list(self._members)
+
+    def has(self, member: Hashable) -> bool:
+        return member in self._members
+
+    @property
+    def blocker(self) -> Hashable | None:
+        """The member that holds the oldest row, while GROUP_AHEAD_MAX rows wait behind it."""
+        return self._ahead[0].holder if len(self._ahead) >= GROUP_AHEAD_MAX else None
+
     @property
     def ahead(self) -> int:
         """How many wanted rows are handed out, given back, or finished beyond an unfinished one."""
@@ -70,6 +83,11 @@ class Group:
         """How many rows the member has neither finished nor given back."""
         return len(self._members.get(member, ()))
 
+    def failures(self, seq: int) -> int:
+        """How often a row that is handed out now failed before: left behind, or released with `failed`."""
+        entry = self._entries.get(seq)
+        return 0 if entry is None else entry.failures
+
     def join(self, member: Hashable) -> None:
         assert member not in self._members, "a member joins once"
         self._members[member] = {}
@@ -77,6 +95,7 @@ class Group:
     def leave(self, member: Hashable) -> None:
         """What the member has not finished goes back, for the others or for who comes next."""
         for seq in self._members.pop(member):
+            self._entries[seq].failures += 1
             self._give_back(self._entries[seq])
         for entry in self._ahead:  # its objections leave with it
             if member in entry.barred:
@@ -131,11 +150,12 @@ class Group:
         self._move_cursor()
         return True
 
-    def release(self, member: Hashable, seq: int, *, barred: bool = False) -> bool:
-        """The member gives a row back. `barred`: it is not to be handed to this member again, while it is here."""
+    def release(self, member: Hashable, seq: int, *, failed: bool = False, barred: bool = False) -> bool:
+        """The member gives a row back. `failed`: it tried; `barred`: not to this member again, while it is here."""
         entry = self._release_hold(member, seq)
         if entry is None:
             return False
+        entry.failures += failed
         if barred:
             entry.barred += (member,)
         self._give_back(entry)

@@ -54,6 +54,7 @@ class AmqpProtocol(asyncio.Protocol):
         self._flush_scheduled = False
         self._over = False
         self.write_paused = False
+        self.on_resumed: Callable[[], None] = lambda: None  # the transport takes more again
         self.engine: Engine
 
     # -------- asyncio's side
@@ -67,7 +68,7 @@ class AmqpProtocol(asyncio.Protocol):
         self.engine = self._make_engine(transport)
         self.engine.on_output = self.schedule_flush
         if self._on_ready is not None:
-            self._guarded(self._on_ready, self)
+            self.guarded(self._on_ready, self)
         self._tick()
         self.schedule_flush()
 
@@ -88,6 +89,7 @@ class AmqpProtocol(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.write_paused = False
+        self.guarded(self.on_resumed)
         self.schedule_flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -139,7 +141,8 @@ class AmqpProtocol(asyncio.Protocol):
 
     # -------- within
 
-    def _guarded(self, call: Callable[..., None], *args: Any) -> None:
+    def guarded(self, call: Callable[..., None], *args: Any) -> None:
+        """Call what concerns this connection and no other."""
         try:
             call(*args)
         except Exception:  # whatever a handler does wrong, only its connection pays
@@ -148,7 +151,7 @@ class AmqpProtocol(asyncio.Protocol):
 
     def _deliver(self, events: list[Event]) -> None:
         if events and not self._over:
-            self._guarded(self._handler.on_events, self.engine, events)
+            self.guarded(self._handler.on_events, self.engine, events)
 
     def _flush(self) -> None:
         self._flush_scheduled = False

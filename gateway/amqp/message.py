@@ -648,6 +648,22 @@ def correlation_data(correlation_id: MessageId) -> bytes | None:
     return CORRELATION_MARK + b"u%d" % correlation_id
 
 
+def answer_to(message: Message) -> bytes | None:
+    """The correlation data that an MQTT app is given with a message, to be sent back with its answer.
+
+    An AMQP request without a correlation-id is answered by its message-id, as AMQP apps have it.
+    """
+    asked = message.correlation_id
+    if asked is None and message.reply_to is not None and not is_own_id(message.message_id):
+        asked = message.message_id
+    return correlation_data(asked)
+
+
+def is_own_id(message_id: MessageId) -> bool:
+    """Whether a gateway gave this id."""
+    return isinstance(message_id, str) and _OWN_ID.fullmatch(message_id) is not None
+
+
 def correlation_id(data: bytes | None) -> MessageId:
     """The reverse of `correlation_data`; what an MQTT app made up itself is binary."""
     if data is None or not data.startswith(CORRELATION_MARK):
@@ -727,7 +743,7 @@ def lineside_identity(message: Message) -> bytes | None:
     given = message.annotations.get(ANNOTATION_ID)
     if not isinstance(given, str):
         given = message.message_id
-    if not isinstance(given, str) or not _OWN_ID.fullmatch(given):
+    if not isinstance(given, str) or not is_own_id(given):
         return None
     return blake2b(b"s" + given.encode(), digest_size=IDENTITY_BYTES).digest()
 

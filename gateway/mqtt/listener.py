@@ -14,7 +14,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gateway.amqp.message import Message, Template, user_properties
+from gateway.amqp.addresses import reply_topic
+from gateway.amqp.message import Message, Template, answer_to, correlation_id, user_properties
 from gateway.broker import Broker
 from gateway.mqtt.codec import Connect, PropertiesCache, PublishProperties, Reason, TopicCache
 from gateway.mqtt.connection import (
@@ -267,7 +268,7 @@ class Client(asyncio.Protocol):
                 None if ttl_us is None else min(ttl_us // 1000, 0xFFFFFFFF),
                 content_type=properties.content_type,
                 reply_to=properties.response_topic,
-                correlation_id=properties.correlation_data,
+                correlation_id=correlation_id(properties.correlation_data),
                 user_properties=properties.user_property,
                 duplicate_property=route.duplicate_property,
                 qos=qos,
@@ -476,15 +477,12 @@ class Client(asyncio.Protocol):
 
 def _to_mqtt(message: Message) -> PublishProperties | None:
     pairs = tuple(user_properties(message))
-    correlation = message.correlation_id
-    if isinstance(correlation, str):
-        correlation = correlation.encode()
-    if not isinstance(correlation, bytes):
-        correlation = None if correlation is None else str(correlation).encode()
-    if not (pairs or correlation or message.reply_to or message.content_type):
+    correlation = answer_to(message)
+    response_topic = reply_topic(message.reply_to)
+    if not (pairs or correlation or response_topic or message.content_type):
         return None
     return PublishProperties(
-        response_topic=message.reply_to,
+        response_topic=response_topic,
         correlation_data=correlation,
         content_type=message.content_type,
         user_property=pairs,
