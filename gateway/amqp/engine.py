@@ -417,6 +417,7 @@ class _Link:
         self._opened = True
         self._link.condition = _condition(condition, description)
         if detach:
+            self._link._update_cond()  # proton's close() does this by itself, its detach() does not
             self._link.detach()
         else:
             self._link.close()
