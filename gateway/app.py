@@ -12,23 +12,29 @@ import os
 import resource
 import signal
 import socket
-import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gateway
+from gateway import sys_topics
+from gateway.access import Access
 from gateway.amqp.listener import AmqpListener
 from gateway.broker import Broker
 from gateway.committer import Committer
-from gateway.config import Config, Listen, load
+from gateway.config import Amqp, Config, Listen, Mqtt, load
 from gateway.control import ControlServer
 from gateway.errors import ConfigError, LinesideError
 from gateway.mqtt.connection import Limits
 from gateway.mqtt.listener import MqttListener
+from gateway.mqtt.websocket import Rules
+from gateway.mqtt.websocket_driver import WebSocketProtocol
 from gateway.notify import Notifier, set_up_logging
+from gateway.transports import Handshakes, ServerTls, TlsFiles, open_server
 from gateway.uplink import netlink
 from gateway.uplink.hub import HubLink
+from security.tls import TLSFileError
 from storeforward import maintenance
 from storeforward.errors import JournalError
 from storeforward.journal import Batch, Journal
@@ -37,6 +43,7 @@ log = logging.getLogger("lineside")
 
 STOP_S_MAX = 4.0
 HOUSEKEEPING_S = 5.0
+CURSORS_S = 0.25
 RATE_S = 1.0
 
 
@@ -56,6 +63,8 @@ class App:
         self._error: JournalError | None = None
         self._began = time.monotonic()
         self._servers: list[asyncio.Server] = []
+        self._handshakes: list[Handshakes] = []
+        self._certificates: list[ServerTls] = []
         self._hubs: list[HubLink] = []
         self._mqtt: MqttListener | None = None
         self._amqp: AmqpListener | None = None
@@ -65,6 +74,7 @@ class App:
         self.journal: Journal
         self.broker: Broker
         self.committer: Committer
+        self.access: Access
 
     # ------------------------------------------------------------------ up
 
@@ -81,6 +91,7 @@ class App:
         if config.gateway.synchronous != "FULL":
             log.warning("acknowledged messages may be lost in a power cut: synchronous is not FULL")
         self.broker = Broker(config, self.journal)
+        self.access = Access(config)
         self.committer = Committer(self.journal, self._loop, self._committed, self._fatal)
         await self._listen()
         self._start_hubs()
@@ -102,7 +113,10 @@ class App:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
         self._loop.add_signal_handler(signal.SIGHUP, self.reload)
+        self.broker.schedule = self._schedule_due
         self._housekeeping()
+        self._write_cursors()
+        self._publish_sys()
         self._measure()
         self._beat()
         # What was made until here lives as long as the daemon: the collector need not look at it again.
@@ -120,10 +134,16 @@ class App:
                 packet_max_bytes=mqtt.packet_max_bytes,
                 receive_maximum=mqtt.receive_maximum,
                 keep_alive_max_s=mqtt.keep_alive_max_s,
+                topic_alias_max=mqtt.topic_alias_max,
+                topic_alias_send_max=mqtt.topic_alias_max,
+                send_window_max=mqtt.send_window,
+                retain_available=mqtt.retained,
+                wildcards_available=mqtt.wildcards,
             )
             self._mqtt = MqttListener(self.broker, self.committer, limits, mqtt.clients_max, mqtt.session_expiry_max_s)
-            for listen in mqtt.listen:
-                await self._serve(self._mqtt.protocol, listen, "mqtt")
+            self._mqtt.figures = lambda: sys_topics.figures(self._status({}))
+            self._mqtt.access = self.access
+            await self._serve(self._mqtt.protocol, mqtt, mqtt.clients_max, "mqtt")
         amqp = config.amqp
         if amqp is not None:
             self._amqp = AmqpListener(
@@ -134,23 +154,31 @@ class App:
                 message_max_bytes=amqp.message_max_bytes,
                 idle_timeout_s=amqp.idle_timeout_s,
                 window=amqp.window,
+                access=self.access,
             )
-            for listen in amqp.listen:
-                await self._serve(self._amqp.protocol, listen, "amqp")
+            await self._serve(self._amqp.protocol, amqp, amqp.connections_max, "amqp")
 
-    async def _serve(self, factory: Any, listen: Listen, what: str) -> None:
-        try:
-            if listen.path:
-                _clear_socket(listen.path)
-                server = await self._loop.create_unix_server(factory, listen.path)
-            else:
-                server = await self._loop.create_server(factory, listen.host, listen.port, backlog=1024)
-        except OSError as error:
-            raise StartError(
-                f"[{what}] listen {listen}: {error.strerror}; another program may use it, choose another address"
-            ) from error
-        self._servers.append(server)
-        log.info("listening", extra={"protocol": what, "address": str(listen)})
+    async def _serve(self, factory: Any, table: Mqtt | Amqp, connections_max: int, what: str) -> None:
+        """Open every address of a listener's table. Raises StartError."""
+        tls: ServerTls | None = None
+        if table.cert is not None and table.key is not None:
+            try:
+                tls = ServerTls(TlsFiles(table.cert, table.key, table.client_ca, table.asks_for))
+            except TLSFileError as error:
+                raise StartError(f"[{what}] {error}") from error
+            self._certificates.append(tls)
+        handshakes = Handshakes(connections_max)
+        self._handshakes.append(handshakes)
+        origins = frozenset(table.ws_origins) if isinstance(table, Mqtt) else frozenset()
+        for listen in table.listen:
+            make = _over_websocket(factory, listen, origins, handshakes) if listen.websocket else factory
+            try:
+                self._servers.append(await open_server(make, listen, handshakes, tls))
+            except OSError as error:
+                raise StartError(
+                    f"[{what}] listen {listen}: {error.strerror}; another program may use it, choose another address"
+                ) from error
+            log.info("listening", extra={"protocol": what, "address": str(listen)})
 
     def _start_hubs(self) -> None:
         config = self.config
@@ -162,6 +190,7 @@ class App:
                 [i for i in config.inbound if i.hub == hub.name],
                 self.journal,
                 self.committer.kick,
+                self.broker.retain_received,
             )
             self._hubs.append(link)
             link.start()
@@ -187,16 +216,38 @@ class App:
                 hub.network_changed()
 
     def _housekeeping(self) -> None:
-        self.broker.expire_sessions()
+        self.broker.run_due()
         self.broker.trim_sessions()
         if self._amqp is not None:
             self._amqp.housekeeping()
+        self.broker.retained.expire(self.journal.age_us())
         self.journal.reclaim()
         if self.journal.disk_full:
             self.journal.pending.touched[self.broker.local] = None  # every commit also looks for space
         if self.journal.pending:
             self.committer.kick()
         self._loop.call_later(HOUSEKEEPING_S, self._housekeeping)
+
+    def _schedule_due(self, delay_s: float) -> None:
+        if delay_s < HOUSEKEEPING_S:  # later ones are found in time anyway
+            self._loop.call_later(delay_s + 0.001, self._run_due)
+
+    def _run_due(self) -> None:
+        self.broker.run_due()
+        self.committer.kick()
+
+    def _write_cursors(self) -> None:
+        """What clients acknowledged is written a few times a second, not each time."""
+        self.broker.caught_up()
+        self.journal.write_cursors()
+        if self.journal.pending:
+            self.committer.kick()
+        self._loop.call_later(CURSORS_S, self._write_cursors)
+
+    def _publish_sys(self) -> None:
+        if self._mqtt is not None and self.config.mqtt is not None:
+            self._mqtt.publish_sys()
+            self._loop.call_later(self.config.mqtt.sys_interval_s, self._publish_sys)
 
     def _measure(self) -> None:
         received = sum(each.received for each in (self._mqtt, self._amqp) if each is not None)
@@ -238,8 +289,13 @@ class App:
         self.config = config
         logging.getLogger().setLevel(config.gateway.log_level.upper())
         self.broker.reload(config)
+        self.access.reload(config)
         if self._amqp is not None:
             self._amqp.reload()
+        if self._mqtt is not None:
+            self._mqtt.rules_changed()
+        for tls in self._certificates:
+            tls.renew()
         if (old.hubs, old.outbound, old.inbound) != (config.hubs, config.outbound, config.inbound):
             for hub in self._hubs:
                 hub.stop()
@@ -255,6 +311,8 @@ class App:
         log.info("stopping")
         for server in self._servers:
             server.close()
+        for handshakes in self._handshakes:
+            handshakes.stop()
         failed = self._error is not None
         if not failed:
             try:
@@ -280,6 +338,7 @@ class App:
             except TimeoutError:
                 log.error("cursors of the last moment were not stored; some messages will be sent again")
         self.committer.stop()
+        self.access.stop()
         if failed:
             log.critical("stopped by a journal error; the next start deals with it", extra={"error": str(self._error)})
             return 1
@@ -304,6 +363,11 @@ class App:
             "mqtt": {
                 "listen": [str(a) for a in self.config.mqtt.listen] if self.config.mqtt else [],
                 "clients": len(self._mqtt.clients) if self._mqtt else 0,
+                "sessions": len(self.broker.sessions),
+                "subscriptions": sum(len(s.subscriptions) for s in self.broker.sessions.values()),
+                "retained": len(self.broker.retained),
+                "received": self._mqtt.received if self._mqtt else 0,
+                "sent": self._mqtt.sent if self._mqtt else 0,
             },
             "hubs": [h.describe() for h in self._hubs],
             "streams": [
@@ -357,13 +421,11 @@ class App:
         return {"count": count}
 
 
-def _clear_socket(path: str) -> None:
-    """A Unix socket that a killed daemon left behind must not keep this one from starting; other files stay."""
-    try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
-    except FileNotFoundError:
-        pass
+def _over_websocket(
+    factory: Any, listen: Listen, origins: frozenset[str], handshakes: Handshakes
+) -> Callable[[], WebSocketProtocol]:
+    rules = Rules(listen.url_path, origins, listen.loopback)
+    return lambda: WebSocketProtocol(factory, rules, handshakes)
 
 
 def _quantile_ms(values: list[float], share: float) -> float:

@@ -1,6 +1,6 @@
 """Between listeners and journal: routes what clients publish, keeps their sessions, wakes whoever reads.
 
-Owns no socket: listeners call it, and it calls back through the small protocols they implement.
+Owns no socket and no timer: listeners call it, and it calls back through the small protocols they implement.
 """
 
 from __future__ import annotations
@@ -8,32 +8,59 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from gateway.amqp.message import Message, decode
+from gateway.amqp.message import ANNOTATION_RETAIN, MessageError
 from gateway.config import Config
-from gateway.mqtt.topics import filter_matches, split_shared
+from gateway.groups import Group
+from gateway.mqtt.codec import Connect, PublishProperties, Reason
+from gateway.mqtt.delivery import Delivery
+from gateway.mqtt.mapping import ANNOTATION_SOURCE, append_with, template_with
+from gateway.mqtt.topics import split_shared
+from gateway.mqtt.tree import FilterTree
+from gateway.retained import Retained, RetainedStore
 from gateway.routing import Router, filters_overlap, inbound_filter
-from gateway.sessions import Feed, Outlet, Session, Subscription
+from gateway.sessions import Due, Feed, Outlet, SentState, Session, ShareGroup, Subscription, Want
+from gateway.wills import Testament, Wills
+from storeforward.errors import JournalFull
 from storeforward.journal import Batch, Journal
-from storeforward.streams import Row, Stream, StreamLimits, WhenFull
+from storeforward.streams import COLUMNS, Row, Stream, StreamLimits, WhenFull
 
 log = logging.getLogger("lineside.broker")
 
 LOCAL = "local"
 DECODED_MAX = 1024
+DECODED_BYTES_MAX = 4 << 20
+AUDIENCES_MAX = 10_000
 TRIM_ROWS_MAX = 10_000
+# Idle sessions are moved on after so many rows, that a full stream finds nobody behind who wants nothing of it.
+CATCH_UP_ROWS = 4096
+SYS = "$SYS"
+SHARED_QOS_MAX = 1
+
+Reader = Session | ShareGroup
 
 
 class Broker:
-    """Streams by configuration, sessions by client."""
+    """Streams by configuration, sessions by client.
+
+    `schedule(delay_s)` is called when `run_due` has to be, so many seconds from now; the owner sets it.
+    """
 
     def __init__(self, config: Config, journal: Journal) -> None:
         self.config = config
         self.journal = journal
         self.sessions: dict[str, Session] = {}
-        self._decoded: dict[tuple[int, int], Message] = {}
+        self.shares: dict[tuple[str, str], ShareGroup] = {}
+        self.retained = RetainedStore(journal, config.mqtt.retained_max if config.mqtt is not None else 0)
+        self.wills = Wills(journal)
+        self.schedule: Callable[[float], None] = lambda delay_s: None
+        self._tree: FilterTree[tuple[Reader, str]] = FilterTree()
+        self._audiences: dict[tuple[int, str], dict[object, Want]] = {}
+        self._deliveries: dict[tuple[int, int], Delivery] = {}
+        self._delivery_bytes = 0
         self._filters: dict[Stream, list[str]] = {}
-        self._readers: dict[Stream, list[Session]] = {}
+        self._rows_since = 0
         # Whether AMQP apps are to find this topic's messages in a queue, though none of them reads there yet.
         self.queue_for: Callable[[str], bool] = lambda topic: False
         self.local = self._streams_of(config)
@@ -69,56 +96,142 @@ class Broker:
         self.router = self._router()
         for session in self.sessions.values():
             self._feed(session)
+        for share in self.shares.values():
+            self._feed_share(share)
+        self._audiences.clear()
+
+    def streams_for(self, filter_: str) -> list[Stream]:
+        """The streams that may hold messages which this filter takes."""
+        return [s for s, filters in self._filters.items() if any(filters_overlap(filter_, f) for f in filters)]
 
     def _read_locally(self, topic: str) -> bool:
         if self.queue_for(topic):
             return True
-        return any(
-            filter_matches(s.filter, topic) for each in self.sessions.values() for s in each.subscriptions.values()
-        ) or any(c.kind == "amqp" for c in self.local.cursors.values())
+        return any(True for _ in self._tree.matches(topic)) or any(
+            c.kind == "amqp" for c in self.local.cursors.values()
+        )
 
-    def streams_for(self, filter_: str) -> list[Stream]:
-        """The streams that may hold messages which this filter takes."""
-        return [
-            stream for stream, filters in self._filters.items() if any(filters_overlap(filter_, f) for f in filters)
-        ]
+    # ------------------------------------------------------------------ publishing
+
+    def publish(
+        self,
+        topic: str,
+        qos: int,
+        retain: bool,
+        payload: bytes,
+        properties: PublishProperties | None,
+        age_us: int,
+        source: Session | None = None,
+    ) -> None:
+        """Stage one message of any kind, and what is retained of it. Raises JournalFull, and then nothing is staged."""
+        route = self.router.route(topic, qos)
+        notes: dict[str, Any] = {}
+        if retain:
+            notes[ANNOTATION_RETAIN] = True
+        if source is not None and source.no_local:
+            notes[ANNOTATION_SOURCE] = source.client_id
+        seq: int | None = None
+        body = b""
+        expires: int | None = None
+        if route.wanted:
+            seq, body, expires = append_with(
+                self.journal, self.router.identity, route, qos, payload, properties, age_us, notes
+            )
+        if not retain:
+            return
+        if not payload:
+            self.retained.clear(topic)
+        elif self.retained.full_for(topic):
+            log.warning("not retained: too many", extra={"topic": topic, "retained_max": self.retained.messages_max})
+            self.journal.lose(route.stream.name, seq or 0, "retained-full", len(payload), topic)
+        else:
+            if seq is None:
+                if self.journal.disk_full:
+                    raise JournalFull(route.stream.name, "the disk is full")
+                template, expires = template_with(self.router.identity, route, qos, properties, age_us, notes)
+                body = template.encode(0, payload)
+            self.retained.set(Retained(topic, qos, expires, route.stream.name, seq, len(payload)), body)
+
+    def retain_received(self, stream: Stream, seq: int, topic: str, body: bytes, expires: int | None) -> None:
+        """A message from a hub asked to be retained."""
+        delivery = self.decoded(topic, body, expires)
+        if not delivery.retain:
+            return
+        if not delivery.payload:
+            self.retained.clear(topic)
+        elif not self.retained.full_for(topic):
+            self.retained.set(Retained(topic, delivery.qos, expires, stream.name, seq, len(delivery.payload)), body)
 
     # ------------------------------------------------------------------ sessions
 
     def _load(self) -> None:
-        for client_id, expiry_s, gone in self.journal.query(
-            "SELECT client_id, expiry_s, gone_age_us FROM mqtt_session"
-        ):
-            session = Session(client_id, True)
+        query = self.journal.query
+        now = self.journal.age_us()
+        for client_id, expiry_s, gone in query("SELECT client_id, expiry_s, gone_age_us FROM mqtt_session"):
+            session = Session(client_id, True, self)
             session.expiry_s = expiry_s
-            session.gone_age_us = gone if gone is not None else self.journal.age_us()
+            session.gone_age_us = gone if gone is not None else now
             self.sessions[client_id] = session
-        for client_id, filter_, qos, options, identifier, since in self.journal.query(
+        for client_id, filter_, qos, options, identifier, since in query(
             "SELECT client_id, filter, qos, options, identifier, since FROM mqtt_subscription"
         ):
-            session = self.sessions[client_id]
-            session.subscriptions[filter_] = Subscription(filter_, qos, options, identifier, json.loads(since))
+            self._subscribed(self.sessions[client_id], filter_, qos, options, identifier, json.loads(since))
         for session in self.sessions.values():
             self._feed(session)
+        for share in self.shares.values():
+            self._feed_share(share)
+        self._drop_orphans()
+        by_id = {s.id: s for s in self.journal.streams.values()}
+        for client_id, stream_id, seq, packet_id, state in query(
+            "SELECT client_id, stream, seq, packet_id, state FROM mqtt_outgoing ORDER BY client_id, stream, seq"
+        ):
+            if stream_id == 0 or stream_id in by_id:
+                self.sessions[client_id].restore(by_id.get(stream_id), seq, packet_id, SentState(state))
+        for client_id, packet_id in query("SELECT client_id, packet_id FROM mqtt_incoming"):
+            self.sessions[client_id].incoming[packet_id] = None
+        for client_id, n, topic, qos, identifiers in query(
+            "SELECT client_id, n, topic, qos, identifiers FROM mqtt_retained_due ORDER BY client_id, n"
+        ):
+            self.sessions[client_id].restore_due(n, Due(topic, qos, tuple(json.loads(identifiers))))
 
-    def connect(self, client_id: str, clean_start: bool, expiry_s: int | None, outlet: Outlet) -> tuple[Session, bool]:
-        """The client's session, and whether it was there before.
+    def _drop_orphans(self) -> None:
+        """Cursors of shared subscriptions whose last subscriber was not durable."""
+        names = {share.cursor_name for share in self.shares.values()}
+        for stream in self.journal.streams.values():
+            for name in [n for n in stream.cursors if n.startswith("share:") and n not in names]:
+                self.journal.drop_cursor(stream, name)
+
+    def connect(self, connect: Connect, client_id: str, expiry_s: int | None, outlet: Outlet) -> tuple[Session, bool]:
+        """The client's session, and whether it was there before. Call `attach` once the client may be sent something.
 
         `expiry_s` None: it never expires; 0: it ends with the connection.
         """
+        self.expire_sessions()
         session = self.sessions.get(client_id)
-        if session is not None and (clean_start or not session.durable):
+        if session is not None and (connect.clean_start or not session.durable):
             self.end(session)
             session = None
         present = session is not None
         if session is None:
-            session = self.sessions[client_id] = Session(client_id, expiry_s != 0)
-        session.durable = session.durable or expiry_s != 0
+            session = self.sessions[client_id] = Session(client_id, expiry_s != 0, self)
+        elif not session.durable and expiry_s != 0:
+            session.durable = True
         session.expiry_s = expiry_s
+        session.gone_age_us = None
+        self.wills.forget(client_id)
+        if connect.will is not None:
+            self.wills.set(client_id, connect.will)
         if session.durable:
             self._save(session)
-        session.attach(outlet)
+        session.outlet = outlet
         return session, present
+
+    def attach(self, session: Session, outlet: Outlet) -> None:
+        """The client has its CONNACK: what waits for it goes out."""
+        session.attach(outlet)
+        session.pump()
+        for share in session.groups.values():
+            share.pump()
 
     def _save(self, session: Session) -> None:
         self.journal.execute(
@@ -127,29 +240,45 @@ class Broker:
             (session.client_id, session.expiry_s, session.gone_age_us),
         )
 
-    def disconnect(self, session: Session, outlet: Outlet, expiry_s: int | bool | None = False) -> None:
-        """The connection is gone. `expiry_s` as in `connect`, False to leave it (MQTT 5.0 §3.14.2.2.2)."""
+    def disconnect(
+        self, session: Session, outlet: Outlet, expiry_s: int | bool | None = False, *, clean: bool = False
+    ) -> None:
+        """The connection is gone. `expiry_s` as in `connect`, False to leave it (MQTT 5.0 §3.14.2.2.2).
+
+        `clean`: the client said goodbye, and its will with it (MQTT-3.14.4-3).
+        """
         if session.outlet is not outlet:
             return  # taken over meanwhile
         session.detach()
         if expiry_s is not False:
             session.expiry_s = expiry_s if expiry_s is None else int(expiry_s)
-        if not session.durable or session.expiry_s == 0:
+        if clean:
+            self.wills.forget(session.client_id)
+        ends = not session.durable or session.expiry_s == 0
+        self.wills.start(session.client_id, 0 if ends else session.expiry_s)
+        if ends:
             self.end(session)
-            return
-        session.gone_age_us = self.journal.age_us()
-        self._save(session)
+        else:
+            session.gone_age_us = self.journal.age_us()
+            self._save(session)
+            if session.expiry_s is not None:
+                self.schedule(session.expiry_s)
+        self.run_wills()
 
     def end(self, session: Session) -> None:
-        """Forget a session for good: its cursors no longer hold anything."""
+        """Forget a session for good: its cursors no longer hold anything, and its will has no reason to wait."""
         self.sessions.pop(session.client_id, None)
+        for filter_ in list(session.subscriptions):
+            self._unsubscribed(session, filter_)
         for stream in list(session.feeds):
             self.journal.drop_cursor(stream, session.cursor_name)
-            self._readers[stream].remove(session)
         session.feeds.clear()
         if session.durable:
             self.journal.execute("DELETE FROM mqtt_session WHERE client_id = ?", (session.client_id,))
-        self.router.forget()
+        self._subscriptions_changed()
+        will = self.wills.forget(session.client_id)
+        if will is not None:
+            self._publish_will(will)
 
     def expire_sessions(self) -> None:
         """End sessions whose clients have stayed away for longer than their expiry interval, on the age clock."""
@@ -178,32 +307,60 @@ class Broker:
                     continue  # who is here and reads gets what there is
                 end = min(end, start + TRIM_ROWS_MAX)
                 for row in self.journal.read_range(stream, start, end):
-                    if session.wants(stream, row) >= 0:
+                    want = self.audience(stream, row.topic).get(session)
+                    if want is not None and want.at(stream.name, row.seq) is not None:
                         self.journal.lose(stream.name, row.seq, "session-limit", len(row.body), session.cursor_name)
                 self.journal.advance(stream, feed.cursor, end)
+                feed.next = max(feed.next, end)
+                feed.parked = False
 
-    def subscribe(self, session: Session, requests: Iterable[tuple[str, int, int, int | None]]) -> list[int]:
-        """(filter, qos, options byte, identifier) each; returns a SUBACK code each."""
+    # ------------------------------------------------------------------ wills
+
+    def run_due(self) -> None:
+        """What time brings: wills, and sessions that have expired."""
+        self.expire_sessions()
+        self.run_wills()
+
+    def run_wills(self) -> None:
+        """Publish the wills that are due; have the next one scheduled."""
+        now = self.journal.age_us()
+        for will in self.wills.due(now):
+            self.wills.forget(will.client_id)
+            self._publish_will(will)
+        due = self.wills.next_due()
+        if due is not None:
+            self.schedule(max(0.0, (due - now) / 1e6))
+
+    def _publish_will(self, will: Testament) -> None:
+        log.info("will published", extra={"client": will.client_id, "topic": will.topic})
+        try:
+            self.publish(will.topic, will.qos, will.retain, will.payload, will.properties, self.journal.age_us())
+        except JournalFull as error:
+            log.error("will lost", extra={"client": will.client_id, "topic": will.topic, "error": error.reason})
+            self.journal.lose(error.stream, 0, "will-refused", len(will.payload), will.client_id)
+
+    # ------------------------------------------------------------------ subscriptions
+
+    def subscribe(
+        self, session: Session, requests: Iterable[tuple[str, int, int, int | None]]
+    ) -> tuple[list[int], list[str]]:
+        """(filter, qos, options, identifier) each: a SUBACK code each, and the filters to give retained messages for.
+
+        options: no local | retain as published << 1 | retain handling << 2.
+        """
         codes: list[int] = []
+        retained: list[str] = []
         for filter_, qos, options, identifier in requests:
-            if split_shared(filter_)[0] is not None:
-                codes.append(0x9E)
-                continue
-            granted = min(qos, 1)
+            share, inner = split_shared(filter_)
+            granted = qos if share is None else min(qos, SHARED_QOS_MAX)
             old = session.subscriptions.get(filter_)
-            fresh = [
-                stream
-                for stream, filters in self._filters.items()
-                if stream not in session.feeds and any(filters_overlap(filter_, f) for f in filters)
-            ]
-            since = (
-                old.since
-                if old is not None
-                else {s.name: f.stream.next_seq for s, f in session.feeds.items() if s not in fresh}
-            )
-            subscription = Subscription(filter_, granted, options, identifier, since)
-            session.subscriptions[filter_] = subscription
-            self._feed(session)
+            since = old.since if old is not None else self._since(session, inner)
+            session.suspended.pop(filter_, None)
+            self._subscribed(session, filter_, granted, options, identifier, since)
+            if share is None:
+                self._feed(session)
+            else:
+                self._feed_share(session.groups[filter_])
             if session.durable:
                 self.journal.execute(
                     "INSERT OR REPLACE INTO mqtt_subscription (client_id, filter, qos, options, identifier, since) "
@@ -211,60 +368,215 @@ class Broker:
                     (session.client_id, filter_, granted, options, identifier, json.dumps(since)),
                 )
             codes.append(granted)
-        session.changed()
-        self.router.forget()
-        return codes
+            handling = options >> 2 & 3
+            # MQTT 5.0 §3.3.1.3: never for a shared subscription, and as its retain handling says.
+            if share is None and (handling == 0 or (handling == 1 and old is None)):
+                retained.append(filter_)
+        self._subscriptions_changed()
+        return codes, retained
+
+    def _since(self, session: Session, filter_: str) -> dict[str, int]:
+        """From where on a new subscription counts: from the next message, where the session reads already.
+
+        A stream that it begins to read it reads from where its cursor begins: what is held for a first reader counts.
+        """
+        return {
+            stream.name: stream.next_seq
+            for stream, filters in self._filters.items()
+            if (stream in session.feeds or stream is self.local) and any(filters_overlap(filter_, f) for f in filters)
+        }
+
+    def owe_retained(self, session: Session, filters: list[str]) -> bool:
+        """Have the session given what is retained for these; whether that waits for a commit."""
+        now = self.journal.age_us()
+        added = False
+        for filter_ in filters:
+            subscription = session.subscriptions.get(filter_)
+            if subscription is None:
+                continue
+            identifiers = () if subscription.identifier is None else (subscription.identifier,)
+            found = [(m, subscription.qos, identifiers) for m in self.retained.matching(filter_, now)]
+            added = session.owe(found) or added
+        return added
+
+    def _subscribed(
+        self,
+        session: Session,
+        filter_: str,
+        qos: int,
+        options: int,
+        identifier: int | None,
+        since: dict[str, int],
+    ) -> None:
+        share, inner = split_shared(filter_)
+        subscription = Subscription(inner, qos, options, identifier, since, share)
+        session.subscriptions[filter_] = subscription
+        session.no_local = any(s.no_local for s in session.subscriptions.values())
+        if share is None:
+            self._tree.add(inner, (session, filter_))
+            return
+        group = self.shares.get((share, inner))
+        if group is None:
+            group = self.shares[share, inner] = ShareGroup(share, inner, self)
+            self._tree.add(inner, (group, ""))
+        group.members[session] = subscription
+        if filter_ not in session.groups:
+            session.groups[filter_] = group
+            if session.outlet is not None:
+                group.join(session)
+
+    def _unsubscribed(self, session: Session, filter_: str) -> Subscription | None:
+        subscription = session.subscriptions.pop(filter_, None)
+        if subscription is None:
+            return None
+        session.no_local = any(s.no_local for s in session.subscriptions.values())
+        if subscription.share is None:
+            self._tree.remove(subscription.filter, (session, filter_))
+            return subscription
+        group = session.groups.pop(filter_)
+        group.leave(session)
+        del group.members[session]
+        if not group.members:
+            del self.shares[group.name, group.filter]
+            self._tree.remove(group.filter, (group, ""))
+            for stream in group.feeds:
+                self.journal.drop_cursor(stream, group.cursor_name)
+        return subscription
 
     def unsubscribe(self, session: Session, filters: Iterable[str]) -> list[int]:
-        codes = []
+        codes: list[int] = []
         for filter_ in filters:
-            had = session.subscriptions.pop(filter_, None)
+            had = self._unsubscribed(session, filter_) or session.suspended.pop(filter_, None)
             if had is not None and session.durable:
                 self.journal.execute(
                     "DELETE FROM mqtt_subscription WHERE client_id = ? AND filter = ?", (session.client_id, filter_)
                 )
-            codes.append(0x00 if had is not None else 0x11)
-        session.changed()
+            codes.append(Reason.SUCCESS if had is not None else Reason.NO_SUBSCRIPTION_EXISTED)
         self._feed(session)
-        self.router.forget()
+        self._subscriptions_changed()
         return codes
 
+    def _subscriptions_changed(self) -> None:
+        self._audiences.clear()
+        self.router.forget()
+
+    def suspend(self, session: Session, allowed: Callable[[str], bool] | None) -> list[str]:
+        """Deliver only what is allowed (None: everything); return the filters that are not.
+
+        They stay the session's, also in the journal, so that rules that allow them again bring them back; what is
+        published in between is not kept for them.
+        """
+        every = [*session.subscriptions, *session.suspended]
+        forbidden = set() if allowed is None else {f for f in every if not allowed(f)}
+        back = [f for f in session.suspended if f not in forbidden]
+        gone = [f for f in session.subscriptions if f in forbidden]
+        for filter_ in back:
+            s = session.suspended.pop(filter_)
+            since = self._since(session, s.filter)
+            self._subscribed(session, filter_, s.qos, s.options, s.identifier, since)
+            if s.share is not None:
+                self._feed_share(session.groups[filter_])
+        for filter_ in gone:
+            had = self._unsubscribed(session, filter_)
+            assert had is not None
+            session.suspended[filter_] = had
+        if back or gone:
+            self._feed(session)
+            self._subscriptions_changed()
+        return list(session.suspended)
+
     def _feed(self, session: Session) -> None:
-        """Give the session a cursor on every stream its filters can match, and none on others."""
+        """Give the session a cursor on every stream its filters can match, and none on others.
+
+        A cursor that still has messages under way stays: they are finished (MQTT-3.10.4-3).
+        """
         for stream, filters in self._filters.items():
-            needed = any(filters_overlap(s, f) for s in session.subscriptions for f in filters)
-            if needed and stream not in session.feeds:
+            needed = any(
+                filters_overlap(s.filter, f) for s in session.subscriptions.values() if s.share is None for f in filters
+            )
+            feed = session.feeds.get(stream)
+            if needed and feed is None:
                 cursor = self.journal.cursor(stream, session.cursor_name, "mqtt", volatile=not session.durable)
-                session.feeds[stream] = Feed(stream, cursor, cursor.position, cursor.position)
-                self._readers.setdefault(stream, []).append(session)
-            elif not needed and stream in session.feeds:
+                session.feeds[stream] = Feed(stream, cursor, cursor.position)
+            elif not needed and feed is not None and not feed.order:
                 del session.feeds[stream]
-                self._readers[stream].remove(session)
                 self.journal.drop_cursor(stream, session.cursor_name)
+
+    def _feed_share(self, share: ShareGroup) -> None:
+        for stream, filters in self._filters.items():
+            if stream not in share.feeds and any(filters_overlap(share.filter, f) for f in filters):
+                cursor = self.journal.cursor(stream, share.cursor_name, "mqtt")
+                share.add_feed(stream, Group(self.journal, stream, cursor, share.wants))
 
     # ------------------------------------------------------------------ delivery
 
+    def audience(self, stream: Stream, topic: str) -> dict[object, Want]:
+        """Who reads a topic of a stream, and how."""
+        key = stream.id, topic
+        audience = self._audiences.get(key)
+        if audience is None:
+            if len(self._audiences) >= AUDIENCES_MAX:
+                self._audiences.clear()
+            found: dict[Reader, list[Subscription]] = {}
+            for reader, filter_ in self._tree.matches(topic):
+                among = found.setdefault(reader, [])
+                if isinstance(reader, Session):
+                    among.append(reader.subscriptions[filter_])
+                else:
+                    among.extend(reader.members.values())
+            audience = self._audiences[key] = {r: Want.of(stream.name, among) for r, among in found.items()}
+        return audience
+
     def committed(self, batch: Batch) -> None:
-        """Wake the sessions that read what a commit added."""
-        woken: dict[Session, None] = {}
-        for stream in batch.appended:
-            woken.update(dict.fromkeys(self._readers.get(stream, ())))
-        for session in woken:
-            self.pump(session)
+        """Wake those who read what a commit added."""
+        woken: dict[Reader, None] = {}
+        for stream, appended in batch.appended.items():
+            columns = appended.columns
+            topics = {columns[3]} if len(columns) == COLUMNS else set(columns[3::COLUMNS])
+            for topic in topics:
+                for reader in self.audience(stream, topic):
+                    assert isinstance(reader, Reader)
+                    reader.woken(stream, appended.first_seq)
+                    woken[reader] = None
+            self._rows_since += appended.rows
+        for reader in woken:
+            reader.pump()
+        if self._rows_since >= CATCH_UP_ROWS:
+            self.caught_up()
+
+    def caught_up(self) -> None:
+        """Move those on who want nothing of what there is."""
+        self._rows_since = 0
+        for session in self.sessions.values():
+            session.caught_up()
+        for share in self.shares.values():
+            share.caught_up()
 
     def pump(self, session: Session) -> None:
-        session.pump(self.journal, self._decode)
+        """The client's socket takes more."""
+        session.pump()
+        for share in session.groups.values():
+            share.pump()
 
-    def acked(self, session: Session, packet_ids: list[int]) -> None:
-        session.acked(packet_ids, self.journal)
+    def answered(self, session: Session) -> None:
+        """The client has acknowledged: there may be room in its window."""
         self.pump(session)
 
-    def _decode(self, stream: Stream, row: Row) -> Message:
+    def delivery(self, stream: Stream, row: Row) -> Delivery:
         """A row's message; the newest ones are kept, because a thousand subscribers read the same rows."""
         key = stream.id, row.seq
-        message = self._decoded.get(key)
-        if message is None:
-            if len(self._decoded) >= DECODED_MAX:
-                self._decoded.clear()
-            message = self._decoded[key] = decode(row.body)
-        return message
+        delivery = self._deliveries.get(key)
+        if delivery is None:
+            self._delivery_bytes += len(row.body)
+            if len(self._deliveries) >= DECODED_MAX or self._delivery_bytes > DECODED_BYTES_MAX:
+                self._deliveries.clear()
+                self._delivery_bytes = len(row.body)
+            delivery = self._deliveries[key] = self.decoded(row.topic, row.body, row.expires_age_us)
+        return delivery
+
+    def decoded(self, topic: str, body: bytes, expires_age_us: int | None) -> Delivery:
+        try:
+            return Delivery.of(topic, body, expires_age_us)
+        except MessageError:
+            log.error("a journaled message does not decode; its bytes are handed on", extra={"topic": topic})
+            return Delivery(topic, body, 1, False, None, None, expires_age_us)

@@ -17,7 +17,17 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic_core import PydanticCustomError
 
 from gateway.config_checks import check_all
@@ -33,14 +43,17 @@ from gateway.config_values import (
     parse_duration,
     parse_hub_url,
     parse_listen,
+    parse_origin,
     parse_size,
     show_duration,
     show_size,
     topic_filter_fault,
 )
 from gateway.toml_lines import key_lines
+from security.rules import Action, Rule, Who, check_pattern, parse_who, words
 
 __all__ = [
+    "Access",
     "Address",
     "Amqp",
     "Config",
@@ -156,16 +169,25 @@ def _template(*known: str, topic: bool = False) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _listen(port_default: int) -> BeforeValidator:
+def _listen(protocol: str) -> BeforeValidator:
     def check(value: object) -> Listen:
         if not isinstance(value, str):
-            raise _wrong('"host:port" or "unix:/path"', f'"127.0.0.1:{port_default}"')
+            raise _wrong('"host:port" or "unix:/path"', json.dumps(LISTEN_DEFAULT[protocol]))
         try:
-            return parse_listen(value, port_default)
+            return parse_listen(value, protocol)
         except ValueError as error:
             raise _from_value_error(error) from None
 
     return BeforeValidator(check)
+
+
+def _check_origin(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_origin(value)
+    except ValueError as error:
+        raise _from_value_error(error) from None
 
 
 def _check_url(value: object) -> HubUrl:
@@ -175,6 +197,29 @@ def _check_url(value: object) -> HubUrl:
         return parse_hub_url(value)
     except ValueError as error:
         raise _from_value_error(error) from None
+
+
+def _check_who(value: object) -> Who:
+    try:
+        return parse_who(value)
+    except ValueError as error:
+        raise _from_value_error(error) from None
+
+
+def _pattern(action: Action) -> BeforeValidator:
+    def check(value: object) -> object:
+        try:
+            check_pattern(value, action)
+        except ValueError as error:
+            raise _from_value_error(error) from None
+        return value
+
+    return BeforeValidator(check)
+
+
+def _listed(value: object) -> object:
+    """One word needs no brackets."""
+    return [value] if isinstance(value, str) else value
 
 
 Name = Annotated[str, BeforeValidator(_check_name)]
@@ -201,10 +246,26 @@ class Gateway(_Table):
     accept_loss: AcceptLoss = False
 
 
-class Mqtt(_Table):
+class _Listener(_Table):
+    """What every listener's table may say of TLS, users and passwords."""
+
+    cert: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.pem"])
+    key: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.key"])
+    client_ca: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/ca.pem"])
+    client_cert: Literal["none", "optional", "required"] = "required"
+    password_file: FilePath | None = Field(default=None, examples=["/etc/lineside/passwords"])
+    allow_anonymous: StrictBool | None = None
+
+    @property
+    def asks_for(self) -> Literal["none", "optional", "required"]:
+        """Whether clients have to show a certificate; nobody can be asked without a `client_ca`."""
+        return self.client_cert if self.client_ca is not None else "none"
+
+
+class Mqtt(_Listener):
     """`[mqtt]`: the local MQTT listener."""
 
-    listen: tuple[Annotated[Listen, _listen(1883)], ...] = Field(
+    listen: tuple[Annotated[Listen, _listen("mqtt")], ...] = Field(
         default=(parse_listen(LISTEN_DEFAULT["mqtt"]),), min_length=1, max_length=16, examples=[["127.0.0.1:1883"]]
     )
     allow_plaintext: Plaintext = False
@@ -218,12 +279,21 @@ class Mqtt(_Table):
         default=30 * 86400.0, alias="session_expiry_max", examples=["30d"]
     )
     session_max_messages: Count = 100_000
+    send_window: Annotated[StrictInt, Field(ge=1, le=65535)] = 100
+    topic_alias_max: Annotated[StrictInt, Field(ge=0, le=65535)] = 16
+    retained: StrictBool = True
+    retained_max: Annotated[StrictInt, Field(ge=0, le=10_000_000)] = 100_000
+    wildcards: StrictBool = True
+    sys_interval_s: Annotated[float, _seconds(1, 3600)] = Field(default=10.0, alias="sys_interval", examples=["10s"])
+    ws_origins: tuple[Annotated[str, BeforeValidator(_check_origin)], ...] = Field(
+        default=(), max_length=100, examples=[["https://hmi.example"]]
+    )
 
 
-class Amqp(_Table):
+class Amqp(_Listener):
     """`[amqp]`: the local AMQP 1.0 listener."""
 
-    listen: tuple[Annotated[Listen, _listen(5672)], ...] = Field(
+    listen: tuple[Annotated[Listen, _listen("amqp")], ...] = Field(
         default=(parse_listen(LISTEN_DEFAULT["amqp"]),), min_length=1, max_length=16, examples=[["127.0.0.1:5672"]]
     )
     allow_plaintext: Plaintext = False
@@ -322,6 +392,32 @@ class Local(_Table):
     when_full: Literal["refuse", "drop-oldest"] = "drop-oldest"
 
 
+class Access(_Table):
+    """`[[access]]`: who may publish to, and subscribe to, what. The first rule that decides wins."""
+
+    who: Annotated[
+        tuple[Annotated[Who, BeforeValidator(_check_who)], ...],
+        BeforeValidator(_listed),
+        Field(min_length=1, max_length=100, description="whom the rule is about", examples=[["user:anna"]]),
+    ]
+    publish: Annotated[
+        tuple[Annotated[str, _pattern(Action.PUBLISH)], ...],
+        BeforeValidator(_listed),
+        Field(max_length=100, examples=[["train/{client}/#"]]),
+    ] = ()
+    subscribe: Annotated[
+        tuple[Annotated[str, _pattern(Action.SUBSCRIBE)], ...],
+        BeforeValidator(_listed),
+        Field(max_length=100, examples=[["commands/#"]]),
+    ] = ()
+    deny: StrictBool = False
+    _line: int = PrivateAttr(0)
+
+    def place(self, number: int) -> str:
+        """Where the rule stands in the file."""
+        return f"access[{number}] (line {self._line})" if self._line else f"access[{number}]"
+
+
 class Config(_Table):
     """The whole file."""
 
@@ -333,6 +429,16 @@ class Config(_Table):
     inbound: tuple[Inbound, ...] = ()
     addresses: tuple[Address, ...] = Field(default=(), alias="address", max_length=1000)
     local: Local = Local()
+    access: tuple[Access, ...] = Field(default=(), max_length=500)
+
+    def allows_anonymous(self, protocol: str) -> bool | None:
+        """Whether that listener lets in whom nothing vouches for; None: those on this machine."""
+        table = self.mqtt if protocol == "mqtt" else self.amqp
+        if table is None:
+            return None
+        if table.allow_anonymous is not None or not (self.access or table.password_file):
+            return table.allow_anonymous
+        return False
 
     def hub(self, name: str) -> Hub:
         """The hub of that name; every stream's hub exists in a Config that `load` returned."""
@@ -364,7 +470,8 @@ def loads(data: bytes | str, *, file: str = "config", base: Path = Path(), check
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigErrors([syntax_problem(file, text, str(error))]) from None
-    report = Report(Config, file, raw, key_lines(text))
+    lines = key_lines(text)
+    report = Report(Config, file, raw, lines)
     context = {"base": base.absolute()}
     config: Config | None = None
     try:
@@ -375,6 +482,8 @@ def loads(data: bytes | str, *, file: str = "config", base: Path = Path(), check
     check_all(raw, context["base"], report, check_files=check_files)
     if report.problems or config is None:
         raise ConfigErrors(report.problems)
+    for number, rule in enumerate(config.access):
+        rule._line = lines.get(("access", number), 0)
     return config
 
 
@@ -396,6 +505,7 @@ def explain(config: Config) -> list[str]:
     if gateway.synchronous != "FULL":
         lines.append(f"note: synchronous = {gateway.synchronous}: a power cut may take acknowledged messages")
     lines += _explain_listeners(config)
+    lines += _explain_access(config)
     for hub in config.hubs:
         lines += _explain_hub(hub)
     for outbound in config.outbound:
@@ -429,15 +539,61 @@ def _explain_listeners(config: Config) -> list[str]:
         where = ", ".join(str(listen) for listen in config.mqtt.listen)
         limits = f"{config.mqtt.clients_max} clients, packets up to {show_size(config.mqtt.packet_max_bytes)}"
         lines.append(f"MQTT on {where}: at most {limits}")
-        if not all(listen.loopback for listen in config.mqtt.listen):
-            lines.append("note: MQTT without TLS can be reached from other machines")
+        lines += _explain_tls("MQTT", config.mqtt, config.mqtt.listen)
+        if "*" in config.mqtt.ws_origins and any(listen.websocket for listen in config.mqtt.listen):
+            lines.append('note: any web page that a browser here shows may connect, as ws_origins has "*"')
     if config.amqp:
         where = ", ".join(str(listen) for listen in config.amqp.listen)
         lines.append(f"AMQP on {where}: at most {config.amqp.connections_max} connections")
-        if not all(listen.loopback for listen in config.amqp.listen):
-            lines.append("note: AMQP without TLS can be reached from other machines")
+        lines += _explain_tls("AMQP", config.amqp, config.amqp.listen)
     if not lines:
         lines.append("note: nothing listens, so no app can reach this gateway: add [mqtt]")
+    return lines
+
+
+def _explain_access(config: Config) -> list[str]:
+    lines: list[str] = []
+    for number, table in enumerate(config.access):
+        lines.append(f"{table.place(number)}: {words(Rule(table.who, table.publish, table.subscribe, table.deny))}")
+    lines.append(
+        "whatever no rule allows is refused" if config.access else "every app may do everything: no [[access]]"
+    )
+    for name, listener in (("MQTT", config.mqtt), ("AMQP", config.amqp)):
+        if listener is None:
+            continue
+        anonymous = config.allows_anonymous(name.lower())
+        who = {True: "let in", False: "refused", None: "let in from this machine only"}[anonymous]
+        file = listener.password_file
+        lines.append(f"{name} users are {f'those of {file}' if file else 'not asked for'}; anonymous apps are {who}")
+        if anonymous is False and file is None and not all(listen.path for listen in listener.listen):
+            lines.append(
+                f"note: {name} apps without a certificate can't log in over TCP, as there is no password_file and "
+                "anonymous ones are refused: add one of password_file and allow_anonymous = true"
+            )
+        if file is not None and _readable_by_all(file):
+            lines.append(f"note: {file} can be read by every user: chmod 640 {file}")
+    return lines
+
+
+_CLIENT_CERT = {
+    "none": "clients are not asked for a certificate",
+    "optional": "clients may show a certificate, which {ca} must have issued",
+    "required": "clients must show a certificate that {ca} issued",
+}
+
+
+def _explain_tls(what: str, listener: _Listener, listens: tuple[Listen, ...]) -> list[str]:
+    lines: list[str] = []
+    secure = [str(listen) for listen in listens if listen.tls]
+    if secure:
+        clients = _CLIENT_CERT[listener.asks_for].format(ca=listener.client_ca)
+        lines.append(f"{what} with TLS on {', '.join(secure)}: certificate {listener.cert}; {clients}")
+        if listener.key is not None and _readable_by_all(listener.key):
+            lines.append(f"note: {listener.key} can be read by every user: chmod 640 {listener.key}")
+    elif listener.cert is not None:
+        lines.append(f"note: {what} has a cert and no address with TLS to use it on")
+    if not all(listen.loopback or listen.tls for listen in listens):
+        lines.append(f"note: {what} without TLS can be reached from other machines")
     return lines
 
 

@@ -12,7 +12,9 @@ import os
 import re
 import stat
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from gateway.config_values import (
     ACCEPT_LOSS,
     ALLOW_PLAINTEXT,
     LISTEN_DEFAULT,
+    TLS_SCHEME,
     HubUrl,
     Listen,
     parse_duration,
@@ -28,6 +31,8 @@ from gateway.config_values import (
     parse_listen,
 )
 from gateway.toml_lines import Path as KeyPath
+from security import passwords
+from security.passwords import PasswordFileError
 
 STREAMS_MAX = 1000
 RESERVED_STREAMS = frozenset({"local"})
@@ -59,9 +64,12 @@ def _tried(parse: Callable[[str], _T], text: str) -> _T | None:
 def check_all(raw: Mapping[str, Any], base: Path, report: Report, *, check_files: bool) -> None:
     """Report everything that no single key's own rule can see. `base`: what relative paths are relative to."""
     _check_gateway(raw, report)
-    _check_listeners(raw, report)
+    _check_listeners(raw, base, report, check_files)
     _check_hubs(raw, base, report, check_files)
     _check_streams(raw, report)
+    _check_access(raw, report)
+    if check_files:
+        _check_password_files(raw, base, report)
 
 
 def _check_gateway(raw: Mapping[str, Any], report: Report) -> None:
@@ -72,13 +80,13 @@ def _check_gateway(raw: Mapping[str, Any], report: Report) -> None:
         report.add(("gateway", "synchronous"), expected, write)
 
 
-def _check_listeners(raw: Mapping[str, Any], report: Report) -> None:
+def _check_listeners(raw: Mapping[str, Any], base: Path, report: Report, check_files: bool) -> None:
     taken: list[tuple[KeyPath, Listen]] = []
     for key in ("mqtt", "amqp"):
         table = _table(raw, key)
         default = [LISTEN_DEFAULT[key]] if key in raw else []
         for number, text in _strings(table.get("listen", default)):
-            listen = _tried(parse_listen, text)
+            listen = _tried(partial(parse_listen, protocol=key), text)
             if listen is None:
                 continue
             loc: KeyPath = (key, "listen", number)
@@ -86,11 +94,38 @@ def _check_listeners(raw: Mapping[str, Any], report: Report) -> None:
                 if listen.overlaps(other):
                     report.add(loc, f"an address of its own, not that of {dotted(other_loc)} ({other})")
                     break
-            if not listen.loopback and table.get("allow_plaintext") != ALLOW_PLAINTEXT:
-                write = f"127.0.0.1:{listen.port}"
+            if listen.tls and "cert" not in table:
+                write = f"{report.example((key, 'cert'))} and {report.example((key, 'key'))} under [{key}]"
+                report.add(loc, f"`cert` and `key` under [{key}], as this address asks for TLS", write)
+            elif not listen.tls and not listen.loopback and table.get("allow_plaintext") != ALLOW_PLAINTEXT:
+                here = str(replace(listen, host="127.0.0.1"))
+                secure = f"{TLS_SCHEME[listen.scheme or key]}://{str(listen).partition('://')[2] or listen}"
                 words = f"allow_plaintext = {json.dumps(ALLOW_PLAINTEXT)} under [{key}]"
-                report.add(loc, "a loopback address, as this listener has no TLS", f'"{write}", or {words}')
+                expected = "a loopback address or one with TLS, as others could read and write along"
+                report.add(loc, expected, f'"{here}", "{secure}", or {words}')
             taken.append((loc, listen))
+        _check_listener_tls(key, table, base, report, check_files)
+
+
+def _check_listener_tls(key: str, table: Mapping[str, Any], base: Path, report: Report, check_files: bool) -> None:
+    for one, other in (("cert", "key"), ("key", "cert"), ("client_ca", "cert")):
+        if one in table and other not in table:
+            report.add((key, other), f"it beside `{one}`", report.example((key, other)), missing=True)
+            break
+    if table.get("client_cert") in ("optional", "required") and "client_ca" not in table:
+        expected = "`client_ca` beside it: the authority whose certificates are good"
+        report.add((key, "client_cert"), expected, report.example((key, "client_ca")))
+    names = [name for name in ("cert", "key", "client_ca") if isinstance(table.get(name), str)]
+    if not check_files or not _check_files((key,), table, names, base, report) or not {"cert", "key"} <= set(names):
+        return
+    paths = {name: base / table[name] for name in names}
+    from security.tls import TLSFileError, server_context  # only here: OpenSSL takes a while to load
+
+    try:
+        server_context(paths["cert"], paths["key"], paths.get("client_ca"))
+    except TLSFileError as error:
+        at = next((name for name in ("key", "cert", "client_ca") if paths.get(name) == error.path), "cert")
+        report.add((key, at), f"a file that TLS can use ({error})")
 
 
 def _check_hubs(raw: Mapping[str, Any], base: Path, report: Report, check_files: bool) -> None:
@@ -152,19 +187,26 @@ def _check_hub_credentials(number: int, hub: Mapping[str, Any], report: Report) 
 
 _PEM_MARKS = {
     "ca": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
+    "client_ca": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
     "cert": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
     "key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 }
-_PEM_NAMES = {"ca": "a certificate", "cert": "a certificate", "key": "a private key"}
+_PEM_NAMES = {"ca": "a certificate", "client_ca": "a certificate", "cert": "a certificate", "key": "a private key"}
 _PEM_MAX_BYTES = 4 << 20
 
 
 def _check_hub_files(number: int, hub: Mapping[str, Any], base: Path, report: Report) -> None:
-    for key in ("ca", "cert", "key", "password_file"):
-        value = hub.get(key)
+    _check_files(("hub", number), hub, ("ca", "cert", "key", "password_file"), base, report)
+
+
+def _check_files(here: KeyPath, table: Mapping[str, Any], keys: Sequence[str], base: Path, report: Report) -> bool:
+    """Report what can't be read or is not of its kind; return whether all were good."""
+    before = len(report.problems)
+    for key in keys:
+        value = table.get(key)
         if not isinstance(value, str) or not value or "\0" in value:
             continue
-        loc: KeyPath = ("hub", number, key)
+        loc: KeyPath = (*here, key)
         path = base / value
         content = _read_file(path)
         if isinstance(content, str):
@@ -173,6 +215,7 @@ def _check_hub_files(number: int, hub: Mapping[str, Any], base: Path, report: Re
             report.add(loc, f"{_PEM_NAMES[key]} in PEM form ({path} holds none)")
         elif key == "password_file" and not content.strip():
             report.add(loc, f"a password in the file ({path} is empty)")
+    return len(report.problems) == before
 
 
 def _read_file(path: Path) -> bytes | str:
@@ -186,6 +229,33 @@ def _read_file(path: Path) -> bytes | str:
         if isinstance(error, PermissionError):
             return f"not for user {os.geteuid()} to read"
         return error.strerror or str(error)
+
+
+def _check_access(raw: Mapping[str, Any], report: Report) -> None:
+    files = [key for key in ("mqtt", "amqp") if "password_file" in _table(raw, key)]
+    listener = next((key for key in ("mqtt", "amqp") if key in raw), "mqtt")
+    for number, rule in _tables(raw, "access"):
+        here: KeyPath = ("access", number)
+        if not rule.get("publish") and not rule.get("subscribe"):
+            example = report.example((*here, "publish"))
+            report.add((*here, "publish"), "`publish` or `subscribe` in a rule", example, missing=True)
+        who = rule.get("who")
+        names = _strings([who] if isinstance(who, str) else who)
+        if not files and names and all(each.startswith("user:") for _, each in names):
+            expected = "a password_file in [mqtt] or [amqp], as nobody can prove to be that user without"
+            report.add((*here, "who"), expected, f'password_file = "/etc/lineside/passwords" under [{listener}]')
+
+
+def _check_password_files(raw: Mapping[str, Any], base: Path, report: Report) -> None:
+    for key in ("mqtt", "amqp"):
+        value = _table(raw, key).get("password_file")
+        if not isinstance(value, str) or not value or "\0" in value:
+            continue
+        try:
+            passwords.read(base / value)
+        except PasswordFileError as error:
+            write = "" if error.line else f"lineside passwd {base / value} USER"
+            report.add((key, "password_file"), f"a password file that can be used ({error})", write)
 
 
 def _check_streams(raw: Mapping[str, Any], report: Report) -> None:

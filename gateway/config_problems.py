@@ -109,6 +109,8 @@ class Report:
     def _value(self, loc: KeyPath) -> Any:
         here: Any = self._raw
         for step in loc:
+            if isinstance(here, str):  # a word that may stand without the brackets of its array
+                return here
             try:
                 here = here[step]
             except (KeyError, IndexError, TypeError):
@@ -164,7 +166,7 @@ def _keys(model: type[BaseModel]) -> list[str]:
 
 
 def _header(key: str) -> str:
-    return f"[[{key}]]" if key in ("hub", "outbound", "inbound") else f"[{key}]"
+    return f"[[{key}]]" if key in ("hub", "outbound", "inbound", "access") else f"[{key}]"
 
 
 def _unknown_key(root: type[BaseModel], loc: KeyPath) -> tuple[str, str]:
@@ -226,6 +228,8 @@ def _builtin(
     if kind == "int_type":
         digits = re.sub(r"\D", "", found) if isinstance(found, str) else ""
         return "a whole number, without quotes", assign(loc, digits) or example
+    if kind == "bool_type":
+        return "true or false, without quotes", assign(loc, "false" if str(found).lower() == "false" else "true")
     if kind in ("string_type", "path_type"):
         return "a string in quotes", example
     if kind in ("too_short", "string_too_short"):

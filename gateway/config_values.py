@@ -6,17 +6,23 @@ Knows no file and no key.
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import json
 import re
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 ALLOW_PLAINTEXT = "yes, without TLS"
 ACCEPT_LOSS = "i accept that acknowledged messages may be lost"
 UNIX_PATH_MAX_BYTES = 107
 LISTEN_DEFAULT = {"mqtt": "127.0.0.1:1883", "amqp": "127.0.0.1:5672"}
+LISTEN_SCHEMES = {"mqtt": ("mqtt", "mqtts", "ws", "wss"), "amqp": ("amqp", "amqps")}
+PORT_DEFAULT = {"mqtt": 1883, "mqtts": 8883, "ws": 8080, "wss": 8443, "amqp": 5672, "amqps": 5671}
+TLS_SCHEME = {"": "", "mqtt": "mqtts", "ws": "wss", "amqp": "amqps"}
+WS_PATH_DEFAULT = "/mqtt"
+_URL_PATH = re.compile(r"(?:/[A-Za-z0-9._~/-]{0,255})?")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]+)")
 SIZE_UNITS = {
     "B": 1,
@@ -101,11 +107,24 @@ def fill(template: str, **values: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Where to listen: a TCP host and port, or the path of a Unix socket (then host is empty, port 0)."""
+    """Where to listen: a TCP host and port, or the path of a Unix socket (then host is empty, port 0).
+
+    `scheme` is one of PORT_DEFAULT's where it asks for more than TCP, else empty; `url_path` is a WebSocket's.
+    """
 
     host: str
     port: int
     path: str = ""
+    scheme: str = ""
+    url_path: str = ""
+
+    @property
+    def tls(self) -> bool:
+        return self.scheme in ("mqtts", "amqps", "wss")
+
+    @property
+    def websocket(self) -> bool:
+        return self.scheme in ("ws", "wss")
 
     @property
     def loopback(self) -> bool:
@@ -122,7 +141,8 @@ class Listen:
     def __str__(self) -> str:
         if self.path:
             return f"unix:{self.path}"
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        where = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return f"{self.scheme}://{where}{self.url_path}" if self.scheme else where
 
 
 def _host_key(host: str) -> str:
@@ -137,29 +157,79 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def parse_listen(text: str, port_default: int = 1883) -> Listen:
-    """Read "host:port", "[::1]:port" or "unix:/path". Raises ValueError(expected, what to write)."""
+def parse_listen(text: str, protocol: str = "mqtt") -> Listen:
+    """Read "host:port", "[::1]:port", "unix:/path" or a URL of the protocol's ("mqtts://host:port", "ws://host:port/path").
+
+    Raises ValueError(expected, what to write).
+    """
     if text.startswith("unix:"):
         path = text[5:]
         if not path.startswith("/") or len(path.encode()) > UNIX_PATH_MAX_BYTES or "\0" in path:
             raise ValueError(f"an absolute path of at most {UNIX_PATH_MAX_BYTES} bytes after unix:")
         return Listen("", 0, path)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        host, port = _parse_host_port(text, PORT_DEFAULT[protocol], "")
+        return Listen(host, port)
+    schemes = LISTEN_SCHEMES[protocol]
+    if scheme not in schemes:
+        near = difflib.get_close_matches(scheme.lower(), schemes, 1, 0.0)[0]
+        raise ValueError(f"one of the schemes {', '.join(f'{each}://' for each in schemes)}", f"{near}://{rest}")
+    where, slash, url_path = rest.partition("/")
+    if "@" in where:
+        raise ValueError("no user in the address", f"{scheme}://{where.rpartition('@')[2]}{slash}{url_path}")
+    host, port = _parse_host_port(where, PORT_DEFAULT[scheme], f"{scheme}://")
+    bare = Listen(host, port, "", "" if scheme in ("mqtt", "amqp") else scheme)
+    if not bare.websocket:
+        if slash:
+            raise ValueError("nothing after host and port", f"{scheme}://{where}")
+        return bare
+    if not _URL_PATH.fullmatch(slash + url_path):
+        raise ValueError("a path of letters, digits and -._~/ after the port", f"{scheme}://{where}{WS_PATH_DEFAULT}")
+    return replace(bare, url_path=slash + url_path or WS_PATH_DEFAULT)
+
+
+def _parse_host_port(text: str, port_default: int, before: str) -> tuple[str, int]:
+    """`before`: what stands in front of it, for the suggestions."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]*)):(\d{1,5})", text)
     if match is None:
         host = text.strip() if re.fullmatch(r"\s*[\w.-]*[A-Za-z.][\w.-]*\s*", text) else "127.0.0.1"
         port = text.strip(": ") if text.strip(": ").isdecimal() else str(port_default)
-        raise ValueError('"host:port", "[::1]:port" or "unix:/path"', f"{host}:{port}")
+        forms = f'"{before}host:port"' if before else '"host:port", "[::1]:port" or "unix:/path"'
+        raise ValueError(forms, f"{before}{host}:{port}")
     host, number = match[1] or match[2], int(match[3])
     if not host:
-        raise ValueError("a host before the port (0.0.0.0 for every interface)", f"127.0.0.1:{number}")
+        raise ValueError("a host before the port (0.0.0.0 for every interface)", f"{before}127.0.0.1:{number}")
     if number > 65535:
-        raise ValueError("a port from 0 to 65535", f"{host}:{port_default}")
+        raise ValueError("a port from 0 to 65535", f"{before}{host}:{port_default}")
     if match[1]:
         try:
             ipaddress.IPv6Address(host)
         except ValueError:
-            raise ValueError("an IPv6 address between the brackets", f"[::1]:{number}") from None
-    return Listen(host, number)
+            raise ValueError("an IPv6 address between the brackets", f"{before}[::1]:{number}") from None
+    return host, number
+
+
+def parse_origin(text: str) -> str:
+    """Read a web page's origin as browsers send it (RFC 6454 §6.1), or "*" for any. Raises ValueError."""
+    if text in ("*", "null"):
+        return text
+    if "://" not in text:
+        raise ValueError('an origin such as "https://hmi.example", or "*"', f"https://{text}" if text else "")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise ValueError('"https://host" or "https://host:port"') from None
+    host = parts.hostname or ""
+    if not host or not host.isprintable() or " " in host:
+        raise ValueError("a host name or address after ://", f"{parts.scheme}://hmi.example")
+    shown = f"[{host}]" if ":" in host else host
+    default = {"http": 80, "https": 443}.get(parts.scheme)
+    origin = f"{parts.scheme}://{shown}" + ("" if port is None or port == default else f":{port}")
+    if origin != text.lower():
+        raise ValueError("scheme, host and port only, as browsers send them", origin)
+    return origin
 
 
 @dataclass(frozen=True, slots=True)

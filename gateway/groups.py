@@ -40,7 +40,19 @@ class _Entry:
 class Group:
     """`wants(row)` is one answer for the whole group. Call `take` after commits and whenever a member has room."""
 
-    def __init__(self, journal: Journal, stream: Stream, cursor: Cursor, wants: Callable[[Row], bool]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        stream: Stream,
+        cursor: Cursor,
+        wants: Callable[[Row], bool],
+        *,
+        announced: bool = False,
+    ) -> None:
+        """`announced`: `woken` is called for every commit that holds a wanted row; others then need no looking at."""
+        self._announced = announced
+        # All that is left is unwanted; and: the next row is known to be wanted. Neither is known at first.
+        self._quiet = self._waiting = False
         self.journal = journal
         self.stream = stream
         self.cursor = cursor
@@ -109,6 +121,9 @@ class Group:
         Empty when there is nothing, or when GROUP_AHEAD_MAX rows wait behind one that is not finished.
         """
         self._catch_up()
+        self._waiting = False
+        if self._quiet:
+            self._next = self.stream.committed
         held = self._members[member]
         out: list[tuple[Row, bool]] = []
         if self._back:
@@ -138,8 +153,40 @@ class Group:
                     room -= 1
         for row, _ in out:
             held[row.seq] = None
+        self._quiet = self._announced and self._next >= self.stream.committed
         self._move_cursor()
         return out
+
+    def woken(self) -> None:
+        """A commit added a row that the group wants."""
+        self._quiet = False
+
+    def caught_up(self) -> None:
+        """Move over what nobody here wants, up to the first row that somebody does. Only for announced groups.
+
+        Costs nothing where nothing wanted has come since the last look, or where a wanted row was found then.
+        """
+        if self._quiet:
+            self._next = self.stream.committed
+            self._move_cursor()
+        elif not self._waiting:
+            self.skip_unwanted()
+            self._waiting = self._next < self.stream.committed
+            self._quiet = not self._waiting
+
+    def skip_unwanted(self) -> None:
+        """Move over rows that the group does not want, as far as they are the next: they hold up others' deletion."""
+        self._catch_up()
+        while self._next < self.stream.committed:
+            rows = self.journal.read(self.stream, self._next, READ_ROWS)
+            for row in rows:
+                if self._wants(row):
+                    self._move_cursor()
+                    return
+                self._next = row.seq + 1
+            if not rows:
+                self._next = self.stream.committed
+        self._move_cursor()
 
     def done(self, member: Hashable, seq: int) -> bool:
         """The member is finished with a row for good. False if it was not the member's (any more)."""
@@ -223,4 +270,5 @@ class Group:
         ahead = self._ahead
         while ahead and ahead[0].done:
             ahead.popleft()
-        self.journal.advance(self.stream, self.cursor, ahead[0].seq if ahead else self._next)
+        position = ahead[0].seq if ahead else self._next
+        self.journal.advance(self.stream, self.cursor, position, lazily=self.cursor.volatile)

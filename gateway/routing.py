@@ -41,17 +41,23 @@ class Router:
         self._outbound: Sequence[Outbound] = config.outbound
         self._kinds = {hub.name: hub.kind for hub in config.hubs}
         self._cache: dict[tuple[str, int], Route] = {}
+        self._local_topics: set[tuple[str, int]] = set()
 
     def forget(self) -> None:
         """Subscriptions changed: what nobody read before may be wanted now."""
-        self._cache.clear()
+        for key in self._local_topics:
+            self._cache.pop(key, None)
+        self._local_topics.clear()
 
     def route(self, topic: str, qos: int) -> Route:
         route = self._cache.get((topic, qos))
         if route is None:
             if len(self._cache) >= CACHE_TOPICS_MAX:
                 self._cache.clear()
+                self._local_topics.clear()
             route = self._cache[topic, qos] = self._make(topic, qos)
+            if route.stream is self._local:
+                self._local_topics.add((topic, qos))
         return route
 
     def _make(self, topic: str, qos: int) -> Route:

@@ -1,7 +1,8 @@
 """Makes `ssl.SSLContext`s from certificate files, and says which file is at fault.
 
-TLS 1.2 and newer. A client always verifies the server's chain and name; a server with a `client_ca` always asks
-for a certificate that it issued. Knows nothing of who connects to whom, nor of what an identity may do.
+TLS 1.2 and newer. A client always verifies the server's chain and name; a server with a `client_ca` asks for a
+certificate that it issued, and unless told otherwise takes nobody without. Knows nothing of who connects to whom, nor
+of what an identity may do.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import ssl
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -19,6 +20,10 @@ MINIMUM_VERSION: Final = ssl.TLSVersion.TLSv1_2
 FILE_BYTES_MAX: Final = 4 << 20  # a system's whole CA bundle is a quarter of a megabyte
 
 StrPath: TypeAlias = str | os.PathLike[str]
+ClientCert: TypeAlias = Literal["none", "optional", "required"]
+Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
+
+_VERIFY_MODE: Final = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
 
 
 class TLSFileError(ValueError):
@@ -52,18 +57,38 @@ def client_context(
     return context
 
 
-def server_context(cert: StrPath, key: StrPath | None = None, client_ca: StrPath | None = None) -> ssl.SSLContext:
-    """The context of a side that listens; with `client_ca` it takes only clients with a certificate from there.
+def server_context(
+    cert: StrPath, key: StrPath | None = None, client_ca: StrPath | None = None, client_cert: ClientCert = "required"
+) -> ssl.SSLContext:
+    """The context of a side that listens.
 
-    Shapes and errors as in `client_context`.
+    `client_cert` says what becomes of a client without a certificate from `client_ca`: with "required" there is no
+    connection, with "optional" there is one without an identity (a certificate that is shown must still be good),
+    with "none" nobody is asked for one. Without `client_ca` nobody is asked either. Shapes and errors as in
+    `client_context`.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _harden(context)
     _present(context, Path(cert), Path(cert if key is None else key))
     if client_ca is not None:
         _trust(context, Path(client_ca))
-        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_mode = _VERIFY_MODE[client_cert]
     return context
+
+
+def file_stamp(*paths: StrPath | None) -> Stamp:
+    """What tells one state of these files from another: for each its inode, size and mtime, None if there is none."""
+    return tuple(_stamp(path) for path in paths)
+
+
+def _stamp(path: StrPath | None) -> tuple[int, int, int] | None:
+    if path is None:
+        return None
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _harden(context: ssl.SSLContext) -> None:

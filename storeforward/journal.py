@@ -14,6 +14,7 @@ import secrets
 import sqlite3
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,10 +27,10 @@ from storeforward.age import AgeClock, boot_id
 from storeforward.errors import JournalCorrupt, JournalError, JournalFull, JournalNewer
 from storeforward.lock import StateLock
 from storeforward.schema import SEQ_BITS, SEQ_MASK
-from storeforward.streams import Cursor, Row, Stream, StreamLimits, WhenFull
+from storeforward.streams import COLUMNS, Chunk, Cursor, Row, Stream, StreamLimits, WhenFull
 
 ROWS_A_STATEMENT = 64
-COLUMNS = 6
+
 DELETE_ROWS_MAX = 4096
 DELETE_ROWS_MIN = 256
 READ_ROWS_MAX = 1024
@@ -43,10 +44,12 @@ SUSPECT = "journal.suspect"
 
 _INSERT_HEAD = "INSERT INTO message (id, time_us, expires_age_us, topic, crc, body) VALUES "
 _INSERT_ROW = "(?,?,?,?,?,?)"
-_INSERT_FULL = _INSERT_HEAD + ",".join([_INSERT_ROW] * ROWS_A_STATEMENT)
+# Rows a statement, and the statement: powers of two, so that a rest of any size needs few of them, all prepared.
+_INSERTS = tuple(
+    (COLUMNS << n, _INSERT_HEAD + ",".join([_INSERT_ROW] * (1 << n)))
+    for n in range(ROWS_A_STATEMENT.bit_length() - 1, -1, -1)
+)
 
-# A third of what calling the named tuple costs.
-_new_row = tuple.__new__
 _WAL_INDEX = struct.Struct("=14xHI")
 
 Encode = Callable[[int, bytes], bytes]
@@ -60,29 +63,42 @@ class Waiter(Protocol):
 
 
 @dataclass(slots=True)
-class _Appended:
-    """What one stream gained in a batch; enough to take it back when the commit fails."""
+class Appended:
+    """What one stream gained in a batch, seqs without a gap; enough to take it back when the commit fails.
 
-    rows: list[Row] = field(default_factory=list)
+    `columns`: the rows' values one after another, COLUMNS a row, as the statements take them.
+    """
+
+    first_seq: int
+    columns: list[Any] = field(default_factory=list)
     size_bytes: int = 0
     identities: list[tuple[bytes, int]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return len(self.columns) // COLUMNS
+
+    @property
+    def end_seq(self) -> int:
+        """One past the last seq."""
+        return self.first_seq + len(self.columns) // COLUMNS
 
 
 @dataclass(slots=True)
 class Batch:
     """Everything that one commit will make durable."""
 
-    args: list[Any] = field(default_factory=list)
     size_bytes: int = 0
-    appended: dict[Stream, _Appended] = field(default_factory=dict)
+    appended: dict[Stream, Appended] = field(default_factory=dict)
     cursors: dict[Cursor, int] = field(default_factory=dict)
     statements: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+    with_rows: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
     waiting: dict[Waiter, list[Any]] = field(default_factory=dict)
     touched: dict[Stream, None] = field(default_factory=dict)
     deleted: dict[Stream, None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.args or self.cursors or self.statements or self.waiting or self.touched)
+        return bool(self.appended or self.cursors or self.statements or self.with_rows or self.waiting or self.touched)
 
 
 class Journal:
@@ -107,6 +123,7 @@ class Journal:
         self._by_id: dict[int, Stream] = {}
         self.pending = Batch()
         self.under_way: Batch | None = None
+        self._lazy: dict[Cursor, Stream] = {}
         self.epoch = 0
         self.epoch_token = ""
         self._age = AgeClock(0, 0, "")
@@ -248,6 +265,7 @@ class Journal:
 
     def close(self) -> None:
         """Commit what is pending, then close. Safe to call once only."""
+        self.write_cursors()
         if self.pending:
             self.commit_now()
         self._r.close()
@@ -302,19 +320,34 @@ class Journal:
         cursor = stream.cursors.pop(name, None)
         if cursor is not None:
             self.pending.cursors.pop(cursor, None)
+            self._lazy.pop(cursor, None)
             if not cursor.volatile:
                 self.execute("DELETE FROM cursor WHERE stream = ? AND name = ?", (stream.id, name))
             self.pending.touched[stream] = None
 
-    def advance(self, stream: Stream, cursor: Cursor, position: int) -> None:
-        """Move a cursor forward; durable with the next commit. A cursor never moves back by this call."""
+    def advance(self, stream: Stream, cursor: Cursor, position: int, *, lazily: bool = False) -> None:
+        """Move a cursor forward; durable with the next commit. A cursor never moves back by this call.
+
+        `lazily`: with the first commit after `write_cursors`, for consumers whose every step is not worth a sync.
+        """
         if position > cursor.position:
             cursor.position = position
-            self.pending.touched[stream] = None
             if cursor.volatile:
                 cursor.durable = position
-            else:
+            if lazily:
+                self._lazy[cursor] = stream
+                return
+            self.pending.touched[stream] = None
+            if not cursor.volatile:
                 self.pending.cursors[cursor] = stream.id
+
+    def write_cursors(self) -> None:
+        """Have cursors that moved lazily written with the next commit."""
+        for cursor, stream in self._lazy.items():
+            self.pending.touched[stream] = None
+            if not cursor.volatile and stream.cursors.get(cursor.name) is cursor:
+                self.pending.cursors[cursor] = stream.id
+        self._lazy.clear()
 
     # ------------------------------------------------------------------ appending
 
@@ -340,15 +373,11 @@ class Journal:
         limits = stream.limits
         if stream.size_bytes + size > limits.bytes_max or stream.rows >= limits.messages_max:
             self._make_room(stream, size)
-        id_ = stream.id << SEQ_BITS | seq  # HOT from here: tests/bench measures it as intake
-        batch = self.pending
-        batch.args += (id_, self.wall_us, expires_age_us, topic, crc32(body), body)
-        batch.size_bytes += size
-        appended = batch.appended.get(stream)
-        if appended is None:
-            appended = batch.appended[stream] = _Appended()
-        appended.rows.append(_new_row(Row, (seq, topic, expires_age_us, body)))
+        id_ = stream.id << SEQ_BITS | seq
+        appended = self._gains(stream, seq)
+        appended.columns += (id_, self.wall_us, expires_age_us, topic, crc32(body), body)
         appended.size_bytes += size
+        self.pending.size_bytes += size
         if identity is not None:
             stream.seen[identity] = id_
             appended.identities.append((identity, id_))
@@ -356,6 +385,46 @@ class Journal:
         stream.rows += 1
         stream.size_bytes += size
         return seq
+
+    def append_run(self, stream: Stream, topic: str, encode: Encode, payloads: list[bytes]) -> int:
+        """Stage messages of one topic that never expire, as `append` would, each; return how many were staged.
+
+        Fewer than all only where the stream or the disk is full, which `append` of the next one then explains.
+        """
+        limits = stream.limits
+        rows_left = limits.messages_max - stream.rows
+        if self.disk_full or rows_left <= 0:
+            return 0
+        bytes_left = limits.bytes_max - stream.size_bytes
+        first = seq = stream.next_seq
+        base = stream.id << SEQ_BITS
+        wall_us = self.wall_us
+        size = 0
+        columns: list[Any] = []
+        for payload in payloads[:rows_left] if rows_left < len(payloads) else payloads:
+            body = encode(seq, payload)  # HOT: tests/bench measures it as intake
+            size += len(body)
+            if size > bytes_left:
+                size -= len(body)
+                break
+            columns += (base | seq, wall_us, None, topic, crc32(body), body)
+            seq += 1
+        if seq == first:
+            return 0
+        appended = self._gains(stream, first)
+        appended.columns += columns
+        appended.size_bytes += size
+        self.pending.size_bytes += size
+        stream.next_seq = seq
+        stream.rows += seq - first
+        stream.size_bytes += size
+        return seq - first
+
+    def _gains(self, stream: Stream, seq: int) -> Appended:
+        appended = self.pending.appended.get(stream)
+        if appended is None:
+            appended = self.pending.appended[stream] = Appended(seq)
+        return appended
 
     def wait(self, waiter: Waiter, token: Any) -> None:
         """Have `waiter` told about the fate of everything staged so far."""
@@ -371,13 +440,17 @@ class Journal:
         batch = self.pending
         if self.under_way is not None and (appended := self.under_way.appended.get(stream)) is not None:
             seq = stream.seen[identity] & SEQ_MASK
-            if appended.rows[0].seq <= seq <= appended.rows[-1].seq:
+            if appended.first_seq <= seq < appended.end_seq:
                 batch = self.under_way
         batch.waiting.setdefault(waiter, []).append(token)
 
     def execute(self, statement: str, parameters: tuple[Any, ...] = ()) -> None:
         """Have a statement run inside the next commit (sessions, subscriptions)."""
         self.pending.statements.append((statement, parameters))
+
+    def execute_with_rows(self, statement: str, parameters: tuple[Any, ...] = ()) -> None:
+        """As `execute`, for what is true only if the messages of this batch are stored: it fails with them for good."""
+        self.pending.with_rows.append((statement, parameters))
 
     def _make_room(self, stream: Stream, size: int) -> None:
         limits = stream.limits
@@ -477,12 +550,8 @@ class Journal:
         Rows whose CRC does not fit are entered in the ledger and left out.
         """
         tail = stream.tail
-        if tail and seq >= tail[0].seq:
-            start = 0 if seq <= tail[0].seq else seq - tail[0].seq
-            rows = list(islice(tail, start, start + rows_max))
-            if sum(len(r.body) for r in rows) > bytes_max:
-                rows = _within(rows, bytes_max)
-            return rows
+        if tail and seq >= tail[0].first_seq:
+            return _from_tail(tail, seq, rows_max, bytes_max)
         out: list[Row] = []
         size = 0
         base = stream.base
@@ -539,15 +608,13 @@ class Journal:
         ex = self._w.execute
         try:
             ex("BEGIN IMMEDIATE")
-            args = batch.args
-            if args:
-                step = ROWS_A_STATEMENT * COLUMNS
-                whole = len(args) - len(args) % step
-                for i in range(0, whole, step):
-                    ex(_INSERT_FULL, args[i : i + step])
-                if whole < len(args):
-                    rest = args[whole:]
-                    ex(_INSERT_HEAD + ",".join([_INSERT_ROW] * (len(rest) // COLUMNS)), rest)
+            for appended in batch.appended.values():
+                columns = appended.columns
+                at, end = 0, len(columns)
+                for step, statement in _INSERTS:
+                    while end - at >= step:
+                        ex(statement, columns[at : at + step])
+                        at += step
             for cursor, stream_id in batch.cursors.items():
                 ex(
                     "UPDATE cursor SET position = ? WHERE stream = ? AND name = ?",
@@ -555,6 +622,8 @@ class Journal:
                 )
                 batch.cursors[cursor] = cursor.position
             for statement, parameters in batch.statements:
+                ex(statement, parameters)
+            for statement, parameters in batch.with_rows:
                 ex(statement, parameters)
             for stream, appended in batch.appended.items():
                 batch.touched[stream] = None
@@ -582,8 +651,8 @@ class Journal:
         for cursor, position in batch.cursors.items():
             cursor.durable = max(cursor.durable, position)
         for stream, appended in batch.appended.items():
-            stream.committed = appended.rows[-1].seq + 1
-            stream.remember(appended.rows)
+            stream.committed = appended.end_seq
+            stream.remember(Chunk(appended.first_seq, appended.columns, appended.size_bytes))
         for waiter, tokens in batch.waiting.items():
             waiter.committed(tokens)
         return batch
@@ -673,7 +742,7 @@ class Journal:
             return 0
         return int((page_bytes or 1 << 16) * frames)
 
-    def _remember(self, stream: Stream, appended: _Appended) -> None:
+    def _remember(self, stream: Stream, appended: Appended) -> None:
         ex = self._w.executemany
         ex(
             "INSERT INTO seen (id, identity) VALUES (?, ?)",
@@ -711,8 +780,7 @@ class Journal:
         stream.rows -= rows
         stream.size_bytes -= size
         stream.first_seq = low
-        while stream.tail and stream.tail[0].seq < low:
-            stream.tail_bytes -= len(stream.tail.popleft().body)
+        stream.forget(low)
         return True
 
     def _save_age(self) -> None:
@@ -758,7 +826,7 @@ class Journal:
             ],
         )
         staged = self.pending.appended.get(stream)
-        stream.rows = rows + (len(staged.rows) if staged else 0)
+        stream.rows = rows + (staged.rows if staged else 0)
         stream.size_bytes = size + (staged.size_bytes if staged else 0)
         stream.first_seq = stream.committed if first is None else first & SEQ_MASK
 
@@ -780,13 +848,23 @@ def _no_space(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorname", "") in {"SQLITE_FULL", "SQLITE_IOERR_WRITE"}
 
 
-def _within(rows: list[Row], bytes_max: int) -> list[Row]:
+def _from_tail(tail: deque[Chunk], seq: int, rows_max: int, bytes_max: int) -> list[Row]:
+    """Rows from `seq` on out of the newest batches; at least one if there is any."""
+    out: list[Row] = []
     size = 0
-    for n, row in enumerate(rows):
-        size += len(row.body)
-        if size >= bytes_max:
-            return rows[: n + 1]
-    return rows
+    at = len(tail) - 1
+    while at and tail[at].first_seq > seq:
+        at -= 1
+    for chunk in (tail[i] for i in range(at, len(tail))):  # from the right: a deque's middle is slow to reach
+        columns = chunk.columns
+        start = max(0, seq - chunk.first_seq)
+        for i in range(start * COLUMNS, len(columns), COLUMNS):
+            body = columns[i + 5]
+            out.append(Row(columns[i] & SEQ_MASK, columns[i + 3], columns[i + 2], body))
+            size += len(body)
+            if len(out) >= rows_max or size >= bytes_max:
+                return out
+    return out
 
 
 def _sync_directory(path: Path) -> None:

@@ -110,9 +110,69 @@ CREATE VIEW messages AS
     FROM message m JOIN stream s ON s.id = m.id >> {SEQ_BITS};
 """
 
+# What MQTT promises beyond messages: retained messages, wills, and what is under way at QoS 2.
+_V2 = """
+-- stream, seq: where the same message stands for those who were subscribed; seq NULL if nowhere.
+CREATE TABLE retained (
+    topic TEXT PRIMARY KEY,
+    qos INTEGER NOT NULL,
+    time_us INTEGER NOT NULL,
+    expires_age_us INTEGER,
+    stream TEXT NOT NULL,
+    seq INTEGER,
+    crc INTEGER NOT NULL,
+    body BLOB NOT NULL
+);
+
+-- properties: as in an MQTT 5.0 PUBLISH, NULL for none. due_age_us: NULL while the client is connected.
+CREATE TABLE mqtt_will (
+    client_id TEXT PRIMARY KEY,
+    topic TEXT NOT NULL,
+    payload BLOB NOT NULL,
+    qos INTEGER NOT NULL,
+    retain INTEGER NOT NULL,
+    properties BLOB,
+    delay_s INTEGER NOT NULL,
+    due_age_us INTEGER
+);
+
+-- Packet ids of messages of QoS 2 that a client sent, that are journaled, and that it has not released.
+CREATE TABLE mqtt_incoming (
+    client_id TEXT NOT NULL REFERENCES mqtt_session (client_id) ON DELETE CASCADE,
+    packet_id INTEGER NOT NULL,
+    PRIMARY KEY (client_id, packet_id)
+) WITHOUT ROWID;
+
+-- Messages of QoS 2 on their way to a client. state: 1 sent, 2 the client has it, 3 finished though the cursor is not
+-- past it. stream 0: a retained message, seq then is mqtt_retained_due's n.
+CREATE TABLE mqtt_outgoing (
+    client_id TEXT NOT NULL REFERENCES mqtt_session (client_id) ON DELETE CASCADE,
+    stream INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    packet_id INTEGER NOT NULL,
+    state INTEGER NOT NULL,
+    PRIMARY KEY (client_id, stream, seq)
+) WITHOUT ROWID;
+
+-- Retained messages that a subscription is still to be given, in the order of n. identifiers: a JSON list.
+CREATE TABLE mqtt_retained_due (
+    client_id TEXT NOT NULL REFERENCES mqtt_session (client_id) ON DELETE CASCADE,
+    n INTEGER NOT NULL,
+    topic TEXT NOT NULL,
+    qos INTEGER NOT NULL,
+    identifiers TEXT NOT NULL,
+    PRIMARY KEY (client_id, n)
+) WITHOUT ROWID;
+"""
+
 
 def _v1(db: sqlite_utils.Database) -> None:
     for statement in sqlite_statements(_V1):
+        db.execute(statement)
+
+
+def _v2(db: sqlite_utils.Database) -> None:
+    for statement in sqlite_statements(_V2):
         db.execute(statement)
 
 
@@ -129,7 +189,7 @@ def sqlite_statements(script: str) -> list[str]:
     return out
 
 
-MIGRATIONS: tuple[Callable[[sqlite_utils.Database], None], ...] = (_v1,)
+MIGRATIONS: tuple[Callable[[sqlite_utils.Database], None], ...] = (_v1, _v2)
 VERSION = len(MIGRATIONS)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from storeforward.schema import SEQ_BITS
 
-TAIL_ROWS_MAX = 4096
+COLUMNS = 6  # of a message row
+TAIL_ROWS_MAX = 8192
 TAIL_BYTES_MAX = 1 << 20
 
 
@@ -25,6 +26,15 @@ class Row(NamedTuple):
     topic: str
     expires_age_us: int | None
     body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one commit added to a stream: the rows' values one after another, as the journal staged them."""
+
+    first_seq: int
+    columns: list[Any]
+    size_bytes: int
 
 
 @dataclass(eq=False, slots=True)
@@ -62,29 +72,42 @@ class Stream:
     limits: StreamLimits = field(default_factory=StreamLimits)
     cursors: dict[str, Cursor] = field(default_factory=dict)
     seen: dict[bytes, int] = field(default_factory=dict)
-    tail: deque[Row] = field(default_factory=deque)
+    tail: deque[Chunk] = field(default_factory=deque)
     tail_bytes: int = 0
+    tail_rows: int = 0
 
     @property
     def base(self) -> int:
         return self.id << SEQ_BITS
 
     def low(self) -> int:
-        """First seq that somebody still needs; with no cursor at all everything is held for the first reader."""
-        return min((c.position for c in self.cursors.values()), default=self.first_seq)
+        """First seq that somebody still needs. With no cursor at all everything is held for the first reader.
+
+        But not what local apps say to one another: who was not there when it was said is not meant.
+        """
+        nobody = self.committed if self.direction == "local" else self.first_seq
+        return min((c.position for c in self.cursors.values()), default=nobody)
 
     @property
     def waiting(self) -> int:
         """How many messages somebody still needs; rows that all are done with may be there a little longer."""
         return max(0, self.rows - (self.low() - self.first_seq))
 
-    def remember(self, rows: list[Row]) -> None:
-        """Keep the newest committed rows in memory, within bounds, so that live readers do not go to the disk."""
+    def remember(self, chunk: Chunk) -> None:
+        """Keep the newest commits in memory, within bounds, so that live readers do not go to the disk."""
         tail = self.tail
-        if tail and rows and rows[0].seq != tail[-1].seq + 1:
-            tail.clear()
-            self.tail_bytes = 0
-        tail.extend(rows)
-        self.tail_bytes += sum(len(r.body) for r in rows)
-        while tail and (len(tail) > TAIL_ROWS_MAX or self.tail_bytes > TAIL_BYTES_MAX):
-            self.tail_bytes -= len(tail.popleft().body)
+        tail.append(chunk)
+        self.tail_bytes += chunk.size_bytes
+        self.tail_rows += len(chunk.columns) // COLUMNS
+        while tail and (self.tail_rows > TAIL_ROWS_MAX or self.tail_bytes > TAIL_BYTES_MAX):
+            self._drop_chunk()
+
+    def forget(self, seq: int) -> None:
+        """Nobody needs anything before `seq` any more."""
+        while self.tail and self.tail[0].first_seq + len(self.tail[0].columns) // COLUMNS <= seq:
+            self._drop_chunk()
+
+    def _drop_chunk(self) -> None:
+        chunk = self.tail.popleft()
+        self.tail_bytes -= chunk.size_bytes
+        self.tail_rows -= len(chunk.columns) // COLUMNS

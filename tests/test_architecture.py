@@ -13,6 +13,7 @@ PURE = [
     "gateway/mqtt/codec.py",
     "gateway/mqtt/connection.py",
     "gateway/mqtt/topics.py",
+    "gateway/mqtt/websocket.py",
     "gateway/amqp/engine.py",
     "gateway/amqp/raw.py",
     "gateway/amqp/sasl.py",
@@ -25,6 +26,9 @@ PURE = [
     "gateway/uplink/state.py",
     "gateway/uplink/drain.py",
     "gateway/uplink/intake.py",
+    "security/rules.py",
+    "security/filters.py",
+    "security/attempts.py",
 ]
 
 

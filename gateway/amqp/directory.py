@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from gateway.amqp.addresses import REPLY_PREFIX, Kind, Rule, covers
 from gateway.groups import Group
 from gateway.mqtt.topics import filter_matches
+from gateway.mqtt.tree import FilterTree
 from storeforward.journal import Journal
 from storeforward.streams import Row, Stream
 
@@ -22,6 +23,7 @@ log = logging.getLogger("lineside.amqp")
 
 SUBSCRIPTIONS_MAX = 10_000
 QUEUES_MAX = 1_000
+AUDIENCES_MAX = 10_000
 REPLIES_A_CONNECTION_MAX = 64
 NAME_BYTES_MAX = 1024
 # A queue that is not in the configuration goes once it has been empty and without receivers for so long.
@@ -85,6 +87,8 @@ class Directory:
         self._queues: dict[str, _Queue] = {}
         self._replies: dict[str, tuple[Hashable, Source]] = {}
         self._volatile: set[Source] = set()
+        self._tree: FilterTree[Source] = FilterTree()
+        self._audiences: dict[str, list[Source]] = {}
         self._number = 0
         self._load()
 
@@ -115,31 +119,62 @@ class Directory:
                 self._queues[rule.filter].configured = True
         self._feed_all()
 
+    def _sources(self) -> Iterator[Source]:
+        yield from (subscription.source for subscription in self.subscriptions.values())
+        yield from (queue.source for queue in self._queues.values())
+        yield from self._volatile
+
     def _feed_all(self) -> None:
-        for subscription in self.subscriptions.values():
-            self._feed(subscription.source)
-        for queue in self._queues.values():
-            self._feed(queue.source)
-        for source in self._volatile:
+        for source in self._sources():
             self._feed(source)
         self._changed()
 
     def _feed(self, source: Source) -> None:
         """A group on every stream that can hold what the filter takes, and none on others."""
+        self._tree.add(source.filter, source)
+        self._audiences.clear()
         streams = self._streams_for(source.filter)
         for stream in streams:
             if stream not in source.groups:
+                fresh = source.cursor_name not in stream.cursors
                 cursor = self.journal.cursor(stream, source.cursor_name, "amqp", volatile=not source.durable)
-                source.groups[stream] = Group(self.journal, stream, cursor, _wants(source.filter))
+                if fresh and stream.direction == "local":
+                    # What local apps said before nobody has promised to keep (see Stream.low).
+                    self.journal.advance(stream, cursor, stream.next_seq)
+                source.groups[stream] = Group(self.journal, stream, cursor, _wants(source.filter), announced=True)
         for stream in [s for s in source.groups if s not in streams]:
             if not source.groups[stream].members:
                 del source.groups[stream]
                 self.journal.drop_cursor(stream, source.cursor_name)
 
     def _drop(self, source: Source) -> None:
+        self._tree.remove(source.filter, source)
+        self._audiences.clear()
         for stream in source.groups:
             self.journal.drop_cursor(stream, source.cursor_name)
         self._changed()
+
+    def committed(self, stream: Stream, topics: Iterable[str]) -> dict[Group, None]:
+        """A commit added rows of these topics to a stream: the groups that want some of them."""
+        woken: dict[Group, None] = {}
+        for topic in topics:
+            audience = self._audiences.get(topic)
+            if audience is None:
+                if len(self._audiences) >= AUDIENCES_MAX:
+                    self._audiences.clear()
+                audience = self._audiences[topic] = list(self._tree.matches(topic))
+            for source in audience:
+                group = source.groups.get(stream)
+                if group is not None:
+                    group.woken()
+                    woken[group] = None
+        return woken
+
+    def caught_up(self) -> None:
+        """Move those on who want nothing of what there is."""
+        for source in self._sources():
+            for group in source.groups.values():
+                group.caught_up()
 
     # ------------------------------------------------------------------ subscriptions
 
@@ -193,7 +228,7 @@ class Directory:
             for stream, group in browse.groups.items():
                 mine = source.groups[stream]
                 mine.cursor.position = mine.cursor.durable = group.cursor.position
-                source.groups[stream] = Group(self.journal, stream, mine.cursor, _wants(filter_))
+                source.groups[stream] = Group(self.journal, stream, mine.cursor, _wants(filter_), announced=True)
         self._volatile.add(source)
         self._changed()
         return source
@@ -231,7 +266,8 @@ class Directory:
         return True
 
     def housekeeping(self, now: float) -> None:
-        """Let go of queues that nobody has used for QUEUE_IDLE_S and that hold nothing."""
+        """Move on who wants nothing of what there is; let go of queues long unused (QUEUE_IDLE_S) that hold nothing."""
+        self.caught_up()
         for filter_, queue in list(self._queues.items()):
             if queue.configured or queue.source.members or not queue.source.empty:
                 queue.idle_since = None

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from gateway.amqp.engine import Engine, Event
+from gateway.amqp.sasl import Outcome as Refusal
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,15 @@ class AmqpProtocol(asyncio.Protocol):
         if not self._flush_scheduled and not self._over:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
+
+    def authenticated(self, granted: bool, refusal: Refusal = Refusal.AUTH) -> None:
+        """Whether the password was right that the engine's SASL layer could not judge at once."""
+        if self._over:
+            return
+        self._deliver(self.engine.authenticated(granted, self._loop.time(), refusal))
+        if not self._over and self.engine.deadline < self._timer_at:
+            self._tick()
+        self.schedule_flush()
 
     def close(self, condition: str | None = None, description: str = "") -> None:
         """Say goodbye: TCP stays until the peer's close, or CLOSE_WAIT_S."""

@@ -23,6 +23,7 @@ import proton
 
 from gateway.amqp import raw
 from gateway.amqp.sasl import AMQP_HEADER, HEADER_BYTES, SaslClient, SaslServer
+from gateway.amqp.sasl import Outcome as Refusal
 
 MESSAGE_BYTES_MAX: Final = 16 << 20
 FRAME_BYTES_MAX: Final = 65536
@@ -904,6 +905,14 @@ class Engine:
                 # At a frame whose performative it cannot read, proton stops listening and tells nobody.
                 self._fail(FRAMING_ERROR, "malformed frame")
         return self.take_events()
+
+    def authenticated(self, granted: bool, now: float, refusal: Refusal = Refusal.AUTH) -> list[Event]:
+        """What has become of a password that could not be judged at once (see SaslServer): what follows from it."""
+        assert isinstance(self._sasl, SaslServer)
+        if self._failed or self._lost or not self._sasl.waiting:
+            return []
+        self._sasl.answer(granted, refusal)
+        return self.receive(b"", now)
 
     def take_events(self) -> list[Event]:
         """What happened outside receive(): in tick(), or while sending."""

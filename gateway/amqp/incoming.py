@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 from gateway.amqp.addresses import AddressError, parse
 from gateway.amqp.engine import DECODE_ERROR, NOT_FOUND, RESOURCE_LIMIT_EXCEEDED, Receiver
-from gateway.amqp.message import Message, MessageError, Stamp, decode, lineside_identity
+from gateway.amqp.message import ANNOTATION_RETAIN, Message, MessageError, Stamp, decode, lineside_identity
 from gateway.errors import PeerError
 from gateway.routing import Route
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
+from storeforward.streams import Stream
 
 log = logging.getLogger("lineside.amqp")
 
@@ -33,12 +34,16 @@ class Refused(PeerError):
         self.condition = condition
 
 
+Retain = Callable[[Stream, int, str, bytes, int | None], None]
 # The route of a topic and what stamps its messages. Raises Refused.
 Resolve = Callable[[str], tuple[Route, Stamp]]
 
 
 class Incoming:
-    """`topic`: where the link's messages go, None where each message's `to` says. `flush()` sends what was settled."""
+    """`topic`: where the link's messages go, None where each message's `to` says. `flush()` sends what was settled.
+
+    `retain` hears of each message that asks to be retained, with its stream, seq, topic, bytes and expiry.
+    """
 
     def __init__(
         self,
@@ -48,6 +53,7 @@ class Incoming:
         topic: str | None,
         resolve: Resolve,
         flush: Callable[[], None],
+        retain: Retain = lambda stream, seq, topic, body, expires: None,
     ) -> None:
         self.journal = journal
         self.link = link
@@ -55,6 +61,7 @@ class Incoming:
         self._credit = credit
         self._resolve = resolve
         self._flush = flush
+        self._retain = retain
         self._held: deque[tuple[int, bytes]] = deque()
         self._held_bytes = 0
         self._overflowed = False
@@ -118,13 +125,15 @@ class Incoming:
         expires = None if ttl_us is None else journal.age_us() + ttl_us
         who = lineside_identity(message)
         if who is None:
-            journal.append(stream, topic, stamp.encode, body, expires)
+            seq = journal.append(stream, topic, stamp.encode, body, expires)
         elif who in stream.seen:
             self.repeated += 1
             journal.wait_for(self, handle, stream, who)
             return
         else:
-            journal.append(stream, topic, _as_it_came, body, expires, who)
+            seq = journal.append(stream, topic, _as_it_came, body, expires, who)
+        if message.annotations.get(ANNOTATION_RETAIN) is True:
+            self._retain(stream, seq, topic, body if who is not None else stamp.encode(seq, body), expires)
         self.received += 1
         journal.wait(self, handle)
 

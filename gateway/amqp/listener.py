@@ -2,7 +2,7 @@
 
 What is sent to an address is journaled, then accepted; a receiver reads a queue's shared place or one of its own,
 durable by container and link name where its source asks for that. `addresses` says what an address means, `directory`
-what stands behind it; who may do what is asked of the `Access` given.
+what stands behind it; who is let in and may do what is asked of `gateway.access`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
 from gateway.amqp.addresses import REPLY_PREFIX, Address, AddressError, Kind, Rule, kind_of, parse
 from gateway.amqp.directory import NAME_BYTES_MAX, Directory, Source, TooMany
 from gateway.amqp.driver import AmqpProtocol
@@ -42,13 +43,15 @@ from gateway.amqp.engine import (
 from gateway.amqp.incoming import Incoming, Refused
 from gateway.amqp.message import Stamp
 from gateway.amqp.outgoing import Outgoing
+from gateway.amqp.sasl import Outcome as SaslOutcome
 from gateway.amqp.sasl import SaslServer
 from gateway.broker import Broker
 from gateway.groups import Group
 from gateway.routing import Route
+from security.rules import Action, Identity
 from storeforward.errors import JournalFull
 from storeforward.journal import PENDING_BYTES_MAX, Batch
-from storeforward.streams import Stream
+from storeforward.streams import COLUMNS
 
 log = logging.getLogger("lineside.amqp")
 
@@ -57,44 +60,34 @@ RETRY_S = 0.25
 # From the connection to the peer's open; who only connects must not hold a place.
 HANDSHAKE_S_MAX = 10.0
 ROUTES_A_PEER_MAX = 1000
+# Those who want nothing of it are moved on after so many rows, lest a full stream takes them for being behind.
+CATCH_UP_ROWS = 4096
 DESCRIBED_LINKS_MAX = 100
+SYS_PREFIX = "$SYS/"
 # JMS needs to hear of the first one to send through the anonymous terminus.
 CAPABILITIES = ("ANONYMOUS-RELAY",)
 
 
-def common_name(certificate: dict[str, Any]) -> str | None:
-    """The subject's common name (RFC 5280 §4.1.2.6), None without one."""
-    for part in certificate.get("subject", ()):
-        for name, value in part:
-            if name == "commonName":
-                return str(value)
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Who may do what, asked and never remembered longer than a link or a reload. The defaults permit everything.
-
-    authenticate: whether a password is right; None where no app has one, and PLAIN is not offered. identify: the name
-    in a verified certificate, as `ssl.SSLSocket.getpeercert()` gives it, for EXTERNAL. An identity of None is an
-    anonymous app.
-    """
-
-    authenticate: Callable[[str, str], bool] | None = None
-    anonymous: bool = True
-    identify: Callable[[dict[str, Any]], str | None] = common_name
-    may_publish: Callable[[str | None, str], bool] = lambda identity, topic: True
-    may_subscribe: Callable[[str | None, str], bool] = lambda identity, filter_: True
-
-
-def mechanisms(*, private: bool, certificate: bool, access: Access) -> list[str]:
-    """What SASL may offer, best first. private: TLS, loopback or a Unix socket, so that a password is safe there."""
-    offered = ["EXTERNAL"] if certificate else []
-    if access.authenticate is not None and private:
+def mechanisms(claim: Identity, *, tls: bool, access: Access | None) -> list[str]:
+    """What SASL may offer, best first. A password is asked for only where nobody else can read it on its way."""
+    if access is None:
+        return ["ANONYMOUS"]
+    offered = ["EXTERNAL"] if claim.names or claim.cn is not None else []
+    if tls or claim.local:
         offered.append("PLAIN")
-    if access.anonymous:
+    admission = access.admit(claim, None)
+    if admission is not None and admission.ok:
         offered.append("ANONYMOUS")
     return offered
+
+
+def owner_of(identity: Identity) -> str | None:
+    """Whose a durable subscription is: what vouches for the app, None if nothing does."""
+    if identity.user is not None:
+        return f"user:{identity.user}"
+    if identity.cn is not None or identity.names:
+        return f"cn:{identity.cn if identity.cn is not None else identity.names[0]}"
+    return None if identity.uid is None else f"uid:{identity.uid}"
 
 
 class AmqpListener:
@@ -119,7 +112,7 @@ class AmqpListener:
         self.message_max_bytes = message_max_bytes
         self.idle_timeout_s = idle_timeout_s
         self.window = window
-        self.access = access or Access()
+        self.access = access  # None: everybody may do everything
         self.peers: set[Peer] = set()
         self.received = 0
         self.directory = Directory(broker.journal, broker.streams_for, lambda: broker.router.forget())
@@ -128,7 +121,7 @@ class AmqpListener:
         # Who holds a source that only one link may read: where a second one comes, the first has to go.
         self.holders: dict[Source, Outgoing] = {}
         self._loop = asyncio.get_running_loop()
-        self._readers: dict[Stream, dict[Outgoing, Peer]] = {}
+        self._rows_since = 0
         self._lagging: dict[Outgoing, Peer] = {}
         self._to_wake: dict[Outgoing, Peer] = {}
         self._outgoing: dict[Outgoing, Peer] = {}
@@ -142,11 +135,9 @@ class AmqpListener:
 
     def add(self, outgoing: Outgoing, peer: Peer) -> None:
         self._outgoing[outgoing] = peer
-        for stream in outgoing.source.groups:
-            self._readers.setdefault(stream, {})[outgoing] = peer
 
     def remove(self, outgoing: Outgoing) -> None:
-        for known in (self._outgoing, self._lagging, self._to_wake, *self._readers.values()):
+        for known in (self._outgoing, self._lagging, self._to_wake):
             known.pop(outgoing, None)
 
     def drop(self, outgoing: Outgoing) -> None:
@@ -170,9 +161,11 @@ class AmqpListener:
 
     def given_back(self, group: Group) -> None:
         """A queue's row is free again: any of its receivers may have room for it."""
-        for member in group.names():
-            if isinstance(member, Outgoing) and member in self._outgoing:
-                self.wake_soon(member, self._outgoing[member])
+        for outgoing, peer in self._members(group):
+            self.wake_soon(outgoing, peer)
+
+    def _members(self, group: Group) -> list[tuple[Outgoing, Peer]]:
+        return [(m, self._outgoing[m]) for m in group.names() if isinstance(m, Outgoing) and m in self._outgoing]
 
     def _wake(self) -> None:
         woken, self._to_wake = self._to_wake, {}
@@ -182,8 +175,13 @@ class AmqpListener:
 
     def committed(self, batch: Batch) -> None:
         woken, self._lagging = self._lagging, {}
-        for stream in batch.appended:
-            woken.update(self._readers.get(stream, {}))
+        for stream, appended in batch.appended.items():
+            for group in self.directory.committed(stream, set(appended.columns[3::COLUMNS])):
+                woken.update(self._members(group))
+            self._rows_since += appended.rows
+        if self._rows_since >= CATCH_UP_ROWS:
+            self._rows_since = 0
+            self.directory.caught_up()
         for outgoing, peer in woken.items():
             peer.protocol.guarded(peer.wake, outgoing)
         self.kick_if_pending()
@@ -203,13 +201,11 @@ class AmqpListener:
     # ------------------------------------------------------------------ from outside
 
     def reload(self) -> None:
-        """The broker has new routes and streams."""
+        """There are new routes, streams and access rules."""
         self.directory.configure(_rules(self.broker))
-        self._readers.clear()
-        for peer in self.peers:
-            peer.forget_routes()
+        for peer in list(self.peers):
+            peer.protocol.guarded(peer.rules_changed)
         for outgoing, peer in list(self._outgoing.items()):
-            self.add(outgoing, peer)
             self.wake_soon(outgoing, peer)
 
     def housekeeping(self) -> None:
@@ -250,7 +246,11 @@ class Peer:
         self._directory = listener.directory
         self._loop = asyncio.get_running_loop()
         self._container = ""
-        self._identity: str | None = None
+        self._identity = Identity("amqp")
+        self._admission: Admission | None = None
+        self._permit: Permit | None = None
+        self._login: asyncio.Task[None] | None = None
+        self._refusals_logged = 0
         self._retry: asyncio.TimerHandle | None = None
         self._resend: asyncio.TimerHandle | None = None
         self._handshake: asyncio.TimerHandle | None = None
@@ -268,15 +268,13 @@ class Peer:
         access = self._listener.access
         peer = transport.get_extra_info("peername")
         self.address = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
-        tls = transport.get_extra_info("ssl_object")
-        certificate = tls.getpeercert() if tls is not None else None
-        external = access.identify(certificate) if certificate else None
-        private = tls is not None or not isinstance(peer, tuple) or _is_loopback(peer[0])
-        offered = mechanisms(private=private, certificate=external is not None, access=access)
+        claim = self._identity = identity_of(transport, "amqp")
+        tls = transport.get_extra_info("ssl_object") is not None
+        external = claim.cn or (claim.names[0] if claim.names else None)
         return Engine(
             server=True,
             container=self._listener.container,
-            sasl=SaslServer(offered, access.authenticate, external),
+            sasl=SaslServer(mechanisms(claim, tls=tls, access=access), self._verify, external),
             idle_timeout_s=self._listener.idle_timeout_s,
             offered_capabilities=CAPABILITIES,
         )
@@ -322,12 +320,34 @@ class Peer:
             self._handshake.cancel()
             self._handshake = None
         self._container = container
-        self._identity = engine.identity
+        admitted = self._identity if self._admission is None else self._admission.identity
+        self._identity = replace(admitted, client=container)
+        self._permit = None if self._listener.access is None else self._listener.access.permit(self._identity)
         engine.open()
         log.info("amqp peer connected", extra=self._who())
 
+    def _verify(self, user: str, password: str) -> bool | None:
+        """SASL's question whether a password is right; None while it is being found out."""
+        access = self._listener.access
+        if access is None:
+            return False
+        claim = replace(self._identity, user=user)
+        self._admission = access.admit(claim, password.encode())
+        if self._admission is not None:
+            return self._admission.ok
+        self._login = self._loop.create_task(self._log_in(access, claim, password.encode()))
+        return None
+
+    async def _log_in(self, access: Access, claim: Identity, password: bytes) -> None:
+        self._admission = await access.authenticate(claim, password)
+        self._login = None
+        busy = self._admission.login is Login.BUSY
+        self.protocol.authenticated(self._admission.ok, SaslOutcome.SYS_TEMP if busy else SaslOutcome.AUTH)
+
     def on_lost(self, error: Exception | None) -> None:
         self._listener.peers.discard(self)
+        if self._login is not None:
+            self._login.cancel()
         for timer in (self._retry, self._resend, self._handshake):
             if timer is not None:
                 timer.cancel()
@@ -396,8 +416,11 @@ class Peer:
         if topic.startswith(REPLY_PREFIX):
             if self._directory.reply(topic) is None:
                 raise Refused(NOT_FOUND, "nobody waits for this reply any more")
-        elif not self._listener.access.may_publish(self._identity, topic):
-            raise Refused(UNAUTHORIZED, f"{self._name()} may not send to {topic!r}")
+        elif self._permit is not None and not self._permit.publish(topic):
+            self._log_forbidden(Action.PUBLISH, topic)
+            raise Refused(UNAUTHORIZED, f"not allowed to send to {topic!r}")
+        elif topic.startswith(SYS_PREFIX):
+            raise Refused(UNAUTHORIZED, f"{SYS_PREFIX} topics are the gateway's own")
         else:
             self._directory.expects(topic)
         route = self._broker.router.route(topic, 1)
@@ -408,8 +431,22 @@ class Peer:
             self._routes[topic] = route, stamp
         return route, stamp
 
-    def forget_routes(self) -> None:
+    def rules_changed(self) -> None:
+        """Judge the links anew: what is not allowed any more ends."""
         self._routes.clear()
+        access = self._listener.access
+        self._permit = permit = None if access is None else access.permit(self._identity)
+        if permit is None:
+            return
+        for receiver, incoming in list(self._incoming.items()):
+            topic = incoming.topic
+            if topic is not None and not topic.startswith(REPLY_PREFIX) and not permit.publish(topic):
+                receiver.close(UNAUTHORIZED, "not allowed any more")
+        for sender, outgoing in list(self._outgoing.items()):
+            place = outgoing.source
+            if not place.filter.startswith(REPLY_PREFIX) and not permit.subscribe(place.filter):
+                sender.close(UNAUTHORIZED, "not allowed any more")
+                self._listener.drop(outgoing)
 
     def _watch_held(self) -> None:
         if self._retry is None and any(i.held for i in self._incoming.values()):
@@ -459,7 +496,15 @@ class Peer:
             if not address.is_reply and kind_of(address, target.capabilities, self._directory.rules) is Kind.QUEUE:
                 self._directory.queue(topic)
         link.confirm(target=confirmed, max_message_bytes=self._listener.message_max_bytes)
-        self._incoming[link] = Incoming(self._journal, link, CREDIT, topic, self._resolve, self.protocol.schedule_flush)
+        self._incoming[link] = Incoming(
+            self._journal,
+            link,
+            CREDIT,
+            topic,
+            self._resolve,
+            self.protocol.schedule_flush,
+            self._broker.retain_received,
+        )
 
     def _attach_outgoing(self, link: Sender) -> None:
         """The app is to receive: from a queue, a durable subscription, or a place for this link only."""
@@ -493,8 +538,7 @@ class Peer:
         address = parse(source.address, receiver=True)
         if address.is_reply:
             return self._reply_place(address)
-        if not self._listener.access.may_subscribe(self._identity, address.topic):
-            raise Refused(UNAUTHORIZED, f"{self._name()} may not receive from {address.topic!r}")
+        self._check_receive(address.topic)
         directory = self._directory
         if kind_of(address, source.capabilities, directory.rules) is Kind.QUEUE:
             queue = directory.queue(address.topic)
@@ -506,11 +550,16 @@ class Peer:
         if len(self._container.encode()) + len(link.name.encode()) > NAME_BYTES_MAX:
             raise Refused(INVALID_FIELD, f"container and link name are longer than {NAME_BYTES_MAX} bytes")
         self._check_owner(link)
-        return directory.subscribe(self._container, link.name, self._identity, address.topic).source
+        return directory.subscribe(self._container, link.name, owner_of(self._identity), address.topic).source
+
+    def _check_receive(self, filter_: str) -> None:
+        if self._permit is not None and not self._permit.subscribe(filter_):
+            self._log_forbidden(Action.SUBSCRIBE, filter_)
+            raise Refused(UNAUTHORIZED, f"not allowed to receive from {filter_!r}")
 
     def _check_owner(self, link: Sender) -> None:
         found = self._directory.subscription(self._container, link.name)
-        if found is not None and found.owner != self._identity:
+        if found is not None and found.owner != owner_of(self._identity):
             raise Refused(UNAUTHORIZED, "the durable subscription of this name is somebody else's")
 
     def _resumed_subscription(self, link: Sender) -> tuple[Terminus, Source]:
@@ -519,8 +568,7 @@ class Peer:
         if found is None:
             raise Refused(NOT_FOUND, f"there is no durable subscription {link.name!r}")
         self._check_owner(link)
-        if not self._listener.access.may_subscribe(self._identity, found.source.filter):
-            raise Refused(UNAUTHORIZED, f"{self._name()} may not receive from {found.source.filter!r}")
+        self._check_receive(found.source.filter)
         return Terminus(found.source.filter, Durability.UNSETTLED_STATE, Expiry.NEVER), found.source
 
     def _open_reply(self, link: Sender | Receiver) -> Source:
@@ -576,11 +624,13 @@ class Peer:
 
     # ------------------------------------------------------------------ small things
 
-    def _name(self) -> str:
-        return f"user {self._identity}" if self._identity is not None else "an anonymous app"
+    def _log_forbidden(self, action: Action, name: str) -> None:
+        self._refusals_logged += 1
+        if self._permit is not None and self._refusals_logged <= LOGGED_MAX:
+            log.warning("not allowed", extra=self._who(address=name[:200], why=self._permit.why(action, name).text))
 
     def _who(self, **fields: Any) -> dict[str, Any]:
-        return {"container": self._container[:200], "peer": self.address, "user": self._identity} | fields
+        return {"container": self._container[:200], "peer": self.address, "user": owner_of(self._identity)} | fields
 
     def describe(self) -> dict[str, Any]:
         """For `lineside clients`."""
@@ -595,7 +645,7 @@ class Peer:
             "client": self._container,
             "peer": self.address,
             "version": "AMQP 1.0",
-            "user": self._identity,
+            "user": owner_of(self._identity),
             "links": _counted(lines.items()),
             "held": sum(i.held for i in self._incoming.values()),
         }
@@ -606,7 +656,3 @@ def _counted(lines: Iterable[tuple[str, int]]) -> list[str]:
     if len(shown) > DESCRIBED_LINKS_MAX:
         shown = [*shown[:DESCRIBED_LINKS_MAX], f"and {len(shown) - DESCRIBED_LINKS_MAX} more"]
     return shown
-
-
-def _is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host in ("::1", "::ffff:127.0.0.1")

@@ -21,6 +21,7 @@ from uuid import UUID
 from gateway.errors import PeerError
 
 ANNOTATION_QOS = "x-opt-lineside-qos"
+ANNOTATION_RETAIN = "x-opt-retain-message"
 # The identity of a message whose own message-id belongs to the app that sent it.
 ANNOTATION_ID = "x-opt-lineside-id"
 # MQTT user properties in full, where a name occurs twice and a map cannot hold them: [name, value, name, value, ...].

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,7 +37,19 @@ def connection_options(command: F) -> F:
         click.option("--password-file", type=click.Path(path_type=Path), help="Holds the password of --user."),
         click.option("--user", help="The user to connect as."),
         click.option("--client-id", default="", help="The MQTT client id; without it, one is made up."),
-        click.option("--to", "target", help="host:port or unix:/path, instead of what the configuration says."),
+        click.option(
+            "--key", type=click.Path(path_type=Path), help="The key of --cert, where it is not in the same file."
+        ),
+        click.option("--cert", type=click.Path(path_type=Path), help="The certificate to show (mqtts, wss)."),
+        click.option(
+            "--ca", type=click.Path(path_type=Path), help="Who must have issued the gateway's certificate (mqtts, wss)."
+        ),
+        click.option(
+            "--to",
+            "target",
+            help="host:port, unix:/path, mqtts://host:port, ws://host:port/path or wss://..., instead of what the "
+            "configuration says.",
+        ),
     ):
         command = option(command)
     return config_option(command)
@@ -66,13 +78,16 @@ def publish(
     client_id: str,
     user: str | None,
     password_file: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
     as_json: bool,
 ) -> None:
     """Publish to TOPIC and wait until everything is acknowledged; exit status 1 if anything was not."""
     if (message is not None) == stdin_line:
         raise click.UsageError("Give either --message or --stdin-line.")
     listen = _target(config, target)
-    client = _client(listen, client_id, user, password_file)
+    client = _client(listen, client_id, user, password_file, (ca, cert, key))
     payloads = _lines() if stdin_line else iter([(message or "").encode()])
     publisher = _Publisher(client, timeout_s)
     begun = time.monotonic()
@@ -174,6 +189,9 @@ def subscribe(
     client_id: str,
     user: str | None,
     password_file: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
     as_json: bool,
 ) -> None:
     """Print topic and payload of what matches FILTER, until interrupted.
@@ -184,7 +202,7 @@ def subscribe(
     if durable and not client_id:
         raise click.UsageError("--durable needs --client-id, by which the session is found again.")
     listen = _target(config, target)
-    client = _client(listen, client_id, user, password_file, manual_ack=True)
+    client = _client(listen, client_id, user, password_file, (ca, cert, key), manual_ack=True)
     printed, ending = 0, False
 
     def on_message(client: Client, userdata: Any, message: MQTTMessage) -> None:
@@ -246,7 +264,7 @@ def _print_received(message: MQTTMessage, as_json: bool) -> None:
 
 def _target(config: Path, target: str | None) -> Listen:
     """Where the gateway listens, as seen from this machine."""
-    from gateway.config import Listen, load, parse_listen
+    from gateway.config import load, parse_listen
 
     if target is not None:
         try:
@@ -256,9 +274,9 @@ def _target(config: Path, target: str | None) -> Listen:
     loaded = load(config, check_files=False)
     if loaded.mqtt is None:
         raise LinesideError(f"{config}: there is no [mqtt]; say where to connect with --to host:port")
-    listen = loaded.mqtt.listen[0]
-    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen.host, listen.host)
-    return Listen(here, listen.port, listen.path)
+    plain = [listen for listen in loaded.mqtt.listen if not listen.scheme]
+    listen = plain[0] if plain else loaded.mqtt.listen[0]
+    return replace(listen, host={"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen.host, listen.host))
 
 
 def _client(
@@ -266,6 +284,7 @@ def _client(
     client_id: str,
     user: str | None,
     password_file: Path | None,
+    tls_files: tuple[Path | None, Path | None, Path | None],
     *,
     manual_ack: bool = False,
 ) -> Client:
@@ -276,11 +295,22 @@ def _client(
         CallbackAPIVersion.VERSION2,
         client_id=client_id,
         protocol=MQTTProtocolVersion.MQTTv5,
-        transport="unix" if listen.path else "tcp",
+        transport="unix" if listen.path else "websockets" if listen.websocket else "tcp",
         manual_ack=manual_ack,
         reconnect_on_failure=False,
     )
     client.max_inflight_messages_set(WINDOW)
+    if listen.websocket:
+        client.ws_set_options(listen.url_path)
+    if listen.tls:
+        from security.tls import TLSFileError, client_context
+
+        try:
+            client.tls_set_context(client_context(*tls_files))
+        except TLSFileError as error:
+            raise LinesideError(str(error)) from None
+    elif any(tls_files):
+        raise click.UsageError(f"--ca, --cert and --key are for TLS, and {listen} has none.")
     if user is not None:
         client.username_pw_set(user, _password(password_file))
     return client

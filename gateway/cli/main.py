@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "clients": ("gateway.cli.inspect:clients", "Who is connected."),
     "publish": ("gateway.cli.client:publish", "Send messages over MQTT."),
     "subscribe": ("gateway.cli.client:subscribe", "Receive messages over MQTT."),
+    "passwd": ("gateway.cli.passwd:passwd", "Set, remove or list the passwords of local apps."),
 }
 
 

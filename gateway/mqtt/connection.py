@@ -1,14 +1,16 @@
 """The server's end of one MQTT connection: bytes and `now` in, events and bytes out.
 
 Knows no socket, clock, session store, password or rule: it says what the client asked, and its owner answers with
-`accept`, `refuse`, `puback`, `suback`, `publish`, `disconnect`. Speaks 3.1.1 and 5.0 at QoS 0 and 1.
+`accept`, `refuse`, `puback`, `pubrec`, `pubcomp`, `suback`, `publish`, `pubrel`, `disconnect`. Speaks 3.1.1 and 5.0.
 
 The owner's loop::
 
     conn.deadline(now)                         # once when TCP is up: the time to CONNECT runs from here
     events = conn.receive(data, now)           # and write conn.data_to_send() after every call below, too
     on Connected:  conn.accept(...) or conn.refuse(reason), now or later; stop reading the socket in between
-    on Publishes:  journal them, and after the commit conn.puback(ids)
+    on Publishes:  journal them, and after the commit conn.puback(ids) or, of QoS 2, conn.pubrec(ids)
+    on Released:   forget the ids, and after the commit conn.pubcomp(ids)
+    on Received:   remember that the client has them, and after the commit conn.pubrel(ids)
     at conn.deadline(now): conn.tick(now)
     when conn.closing: write what data_to_send() gives, then close TCP
     when TCP ends: conn.eof()
@@ -21,7 +23,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import TypeAlias
 
 from gateway.errors import LinesideError
@@ -31,6 +33,7 @@ from gateway.mqtt.codec import (
     REMAINING_LENGTH_MAX,
     V3,
     V5,
+    Ack,
     Connack,
     ConnackProperties,
     Connect,
@@ -65,6 +68,7 @@ from gateway.mqtt.codec import (
 )
 
 PACKET_IDS_MAX = 65_535
+ALIAS_TOPIC_MIN = 4  # characters; shorter topics gain nothing by an alias
 NO_LIMIT = sys.maxsize
 _PINGRESP = encode(Pingresp(), V3)
 
@@ -146,36 +150,41 @@ RETURN_CODE_3: dict[int, int] = {
 class Limits:
     """What one connection may cost. Packet sizes count the whole packet, header included.
 
-    `receive_maximum`: PUBLISHes of QoS 1 a 5.0 client may have unacknowledged. 3.1.1 has no such word: there the
+    `receive_maximum`: PUBLISHes of QoS 1 and 2 a 5.0 client may have unacknowledged. 3.1.1 has no such word: there the
     owner stops reading the socket when `unacknowledged` grows too large.
     `keep_alive_max_s`: 0 for no limit; else a 5.0 client is told this if it asks for longer or none.
     `topic_alias_max`: aliases a 5.0 client may set; each holds one topic of at most 64 KiB.
+    `topic_alias_send_max`: aliases we set, if the client takes as many.
     `held_max_bytes`: sent behind CONNECT while the verdict is out.
-    `send_window_max`: our PUBLISHes of QoS 1 unacknowledged by the client, at most.
+    `send_window_max`: our PUBLISHes of QoS 1 and 2 unacknowledged by the client, at most.
     """
 
     packet_max_bytes: int = 1 << 20
     receive_maximum: int = 1000
     keep_alive_max_s: int = 0
     topic_alias_max: int = 16
+    topic_alias_send_max: int = 16
     connect_max_bytes: int = 128 << 10
     connect_timeout_s: float = 10.0
     held_max_bytes: int = 1 << 20
     send_window_max: int = 100
-    maximum_qos: int = 1
+    maximum_qos: int = 2
     retain_available: bool = True
+    wildcards_available: bool = True
     subscription_identifiers_available: bool = True
-    shared_subscriptions_available: bool = False
+    shared_subscriptions_available: bool = True
 
     def __post_init__(self) -> None:
         if not 64 <= self.packet_max_bytes <= REMAINING_LENGTH_MAX + 5:
             raise ValueError("packet_max_bytes is 64 to 268435460")
         if not 1 <= self.receive_maximum <= PACKET_IDS_MAX or not 1 <= self.send_window_max <= PACKET_IDS_MAX:
             raise ValueError("receive_maximum and send_window_max are 1 to 65535")
-        if not 0 <= self.keep_alive_max_s <= 65_535 or not 0 <= self.topic_alias_max <= 65_535:
-            raise ValueError("keep_alive_max_s and topic_alias_max are 0 to 65535")
-        if self.maximum_qos not in (0, 1):
-            raise ValueError("maximum_qos is 0 or 1")
+        if not 0 <= self.keep_alive_max_s <= 65_535:
+            raise ValueError("keep_alive_max_s is 0 to 65535")
+        if not 0 <= self.topic_alias_max <= 65_535 or not 0 <= self.topic_alias_send_max <= 65_535:
+            raise ValueError("topic_alias_max and topic_alias_send_max are 0 to 65535")
+        if self.maximum_qos not in (0, 1, 2):
+            raise ValueError("maximum_qos is 0, 1 or 2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +196,19 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Publishes:
-    """Messages in the order they came. Those of QoS 1 want `puback`."""
+    """Messages in the order they came. Those of QoS 1 want `puback`, those of QoS 2 `pubrec`.
+
+    One of QoS 2 may be a repeat of one that was never released: only the owner's memory can tell (§4.3.3).
+    """
 
     messages: list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """PUBRELs: the client will not send these messages of QoS 2 again. They want `pubcomp`."""
+
+    packet_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +220,24 @@ class Acked:
 
     packet_ids: list[int]
     refused: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """PUBRECs for messages of QoS 2 that we sent: the client has them. They want `pubrel`.
+
+    `refused`: those with a reason of failure, and it. They are finished, and were lost.
+    """
+
+    packet_ids: list[int]
+    refused: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """PUBCOMPs: these messages of QoS 2 are finished."""
+
+    packet_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +270,17 @@ class Failed:
     error: MqttError
 
 
-Event: TypeAlias = Connected | Publishes | Acked | Subscribed | Unsubscribed | Disconnected | Failed
+Event: TypeAlias = (
+    Connected | Publishes | Released | Acked | Received | Completed | Subscribed | Unsubscribed | Disconnected | Failed
+)
+
+
+class Awaits(IntEnum):
+    """What a message of ours waits for from the client."""
+
+    PUBACK = 1
+    PUBREC = 2
+    PUBCOMP = 3
 
 
 class TooLargeForPeer(LinesideError):
@@ -270,9 +317,13 @@ class ServerConnection:
         self._out: list[bytes] = []
         self._began_s: float | None = None
         self._heard_s = 0.0
-        self._intake_room = NO_LIMIT  # PUBLISHes of QoS 1 the client may still send
+        self._intake_room = NO_LIMIT  # PUBLISHes of QoS 1 and 2 the client may still send
         self._intake_room_max = NO_LIMIT
-        self._in_flight: dict[int, None] = {}
+        self._unreleased: set[int] = set()  # of QoS 2, counted against that room
+        self._in_flight: dict[int, Awaits] = {}
+        self._aliases_set: dict[str, int] = {}  # by us, the least lately used first
+        self._alias_send_max = 0
+        self._taken: set[int] = set()  # packet ids of messages that an earlier connection began to send
         self._next_id = 1
         self._window = limits.send_window_max
         self._send_max_bytes = REMAINING_LENGTH_MAX + 5
@@ -284,13 +335,18 @@ class ServerConnection:
         return self.state is State.CLOSED
 
     @property
+    def awaiting_verdict(self) -> bool:
+        """Whether `accept` or `refuse` is still to come."""
+        return self.state is State.AWAITING_VERDICT
+
+    @property
     def window_left(self) -> int:
-        """How many messages of QoS 1 `publish` takes now."""
+        """How many messages of QoS 1 and 2 `publish` takes now."""
         return self._window - len(self._in_flight) if self.state is State.OPEN else 0
 
     @property
     def unacknowledged(self) -> int:
-        """How many messages of QoS 1 the client waits to have acknowledged."""
+        """How many messages of QoS 1 and 2 the client waits to have acknowledged."""
         return self._intake_room_max - self._intake_room
 
     def deadline(self, now: float) -> float | None:
@@ -316,8 +372,8 @@ class ServerConnection:
         """Take bytes as they came, split anywhere. Never raises for anything a peer can send.
 
         Any byte counts as a sign of life: a large packet over a narrow line must not look like silence.
-        Messages are gathered, and so are PUBACKs, but never past another event; among themselves messages keep
-        their order, and so do PUBACKs.
+        Messages are gathered, and so are acknowledgements of a kind, but never past another event; among themselves
+        they keep their order.
         """
         if self._began_s is None:
             self._began_s = now
@@ -358,6 +414,7 @@ class ServerConnection:
         if after is State.CLOSED:
             self._buffer.clear()
             self._aliases.clear()
+            self._aliases_set.clear()
 
     def _hold(self, data: bytes) -> list[Event]:
         self._buffer += data
@@ -458,6 +515,7 @@ class ServerConnection:
         self._window = min(limits.send_window_max, connect.properties.receive_maximum or PACKET_IDS_MAX)
         if connect.properties.maximum_packet_size is not None:
             self._send_max_bytes = connect.properties.maximum_packet_size
+        self._alias_send_max = min(limits.topic_alias_send_max, connect.properties.topic_alias_maximum or 0)
 
     def accept(
         self,
@@ -484,11 +542,12 @@ class ServerConnection:
         properties = ConnackProperties(
             session_expiry_interval=session_expiry_s,
             receive_maximum=limits.receive_maximum if limits.receive_maximum < PACKET_IDS_MAX else None,
-            maximum_qos=limits.maximum_qos,
+            maximum_qos=limits.maximum_qos if limits.maximum_qos < 2 else None,
             retain_available=None if limits.retain_available else 0,
             maximum_packet_size=limits.packet_max_bytes,
             assigned_client_identifier=assigned_client_id,
             topic_alias_maximum=limits.topic_alias_max or None,
+            wildcard_subscription_available=None if limits.wildcards_available else 0,
             subscription_identifier_available=None if limits.subscription_identifiers_available else 0,
             shared_subscription_available=None if limits.shared_subscriptions_available else 0,
             server_keep_alive=self.keep_alive_s if self.keep_alive_s != connect.keep_alive else None,
@@ -529,30 +588,31 @@ class ServerConnection:
     # --------------------------------------------------------------------------------------- packets
     def _take_packets(self, data: bytes, events: list[Event]) -> int:
         """Take every whole packet in `data`; return where the rest begins."""
-        messages: list[Message] = []
-        acked: list[int] = []
-        refused: list[tuple[int, int]] = []
+        gathered = _Gathered(events)
         at = 0
         try:
             while self.state is State.OPEN:
-                at = self._take_plain(data, at, messages, acked)
+                if at < len(data) and data[at] >> 4 <= PacketType.PUBACK:  # CONNECT is none of the two, and harmless
+                    gathered.turn(PacketType.PUBLISH)
+                at = self._take_plain(data, at, gathered.messages, gathered.acked)
                 framed = self._frame(data, at, self.limits.packet_max_bytes) if at < len(data) else None
                 if framed is None:
                     return at
                 first, body = data[at], data[framed[0] : framed[1]]
                 at = framed[1]
-                if first >> 4 == PacketType.PUBLISH:
-                    messages.append(self._take_publish(first, body))
-                elif first >> 4 == PacketType.PUBACK:
-                    self._take_puback(body, acked, refused)
+                kind = first >> 4
+                if kind == PacketType.PUBLISH:
+                    gathered.turn(PacketType.PUBLISH)
+                    gathered.messages.append(self._take_publish(first, body))
+                elif PacketType.PUBACK <= kind <= PacketType.PUBCOMP:
+                    self._take_ack(first, body, gathered)
                 else:
                     event = self._take_control(first, body)
                     if event is not None:
-                        _flush(events, messages, acked, refused)
-                        messages, acked, refused = [], [], []
+                        gathered.flush()
                         events.append(event)
         finally:
-            _flush(events, messages, acked, refused)
+            gathered.flush()
         return at
 
     def _take_plain(self, d: bytes, i: int, messages: list[Message], acked: list[int]) -> int:
@@ -584,7 +644,7 @@ class ServerConnection:
                     if first != 0x40 or end != 2:
                         return i
                     number = d[begin] << 8 | d[i + 3]
-                    if number not in in_flight:
+                    if in_flight.get(number) != 1:  # Awaits.PUBACK
                         return i
                     del in_flight[number]
                     acked.append(number)
@@ -646,12 +706,15 @@ class ServerConnection:
     def _take_publish(self, first: int, body: bytes) -> Message:
         packet = decode_body(first, body, self.version)
         assert isinstance(packet, Publish)
-        if packet.qos and not self._intake_room:
+        counts = packet.qos == 1 or (packet.qos == 2 and packet.packet_id not in self._unreleased)
+        if counts and not self._intake_room:
             raise MqttError(Reason.RECEIVE_MAXIMUM_EXCEEDED, "more unacknowledged PUBLISHes than the receive maximum")
         properties, alias = split_alias(packet.properties)
         topic = self._resolve(packet.topic, alias) if alias else packet.topic
         packet_id = packet.packet_id.to_bytes(2, "big") if packet.qos else b""
-        self._intake_room -= bool(packet.qos)
+        self._intake_room -= counts
+        if packet.qos == 2:
+            self._unreleased.add(packet.packet_id)
         return topic, packet.qos, packet.retain, packet.dup, packet_id, packet.payload, properties
 
     def _resolve(self, topic: str, alias: int) -> str:
@@ -665,15 +728,55 @@ class ServerConnection:
             raise MqttError(Reason.PROTOCOL_ERROR, "a topic alias that was never set")
         return self._aliases[alias]
 
-    def _take_puback(self, body: bytes, acked: list[int], refused: list[tuple[int, int]]) -> None:
-        packet = decode_body(0x40, body, self.version)
-        assert isinstance(packet, Puback)
-        if packet.packet_id not in self._in_flight:
-            return  # acknowledged twice, or of an earlier connection: nothing waits for it
-        del self._in_flight[packet.packet_id]
-        acked.append(packet.packet_id)
-        if packet.reason >= 0x80:
-            refused.append((packet.packet_id, packet.reason))
+    def _take_ack(self, first: int, body: bytes, gathered: _Gathered) -> None:
+        """PUBACK, PUBREC, PUBCOMP answer a message of ours; PUBREL releases one of the client's."""
+        packet = decode_body(first, body, self.version)
+        assert isinstance(packet, Ack)
+        number, reason = packet.packet_id, packet.reason
+        awaits = self._in_flight.get(number)
+        match packet:
+            case Pubrel():
+                gathered.turn(PacketType.PUBREL)
+                gathered.released.append(number)
+            case Puback():
+                self._check_answer(awaits, Awaits.PUBACK, "PUBACK")
+                if awaits is None:
+                    return  # acknowledged twice, or of an earlier connection: nothing waits for it
+                del self._in_flight[number]
+                gathered.turn(PacketType.PUBACK)
+                gathered.acked.append(number)
+                if reason >= 0x80:
+                    gathered.refused.append((number, reason))
+            case Pubrec():
+                self._take_pubrec(number, reason, awaits, gathered)
+            case _:
+                self._check_answer(awaits, Awaits.PUBCOMP, "PUBCOMP")
+                if awaits is None:
+                    return
+                del self._in_flight[number]
+                gathered.turn(PacketType.PUBCOMP)
+                gathered.completed.append(number)
+
+    def _take_pubrec(self, number: int, reason: int, awaits: Awaits | None, gathered: _Gathered) -> None:
+        if awaits is Awaits.PUBCOMP:
+            return  # said twice: the release is on its way
+        self._check_answer(awaits, Awaits.PUBREC, "PUBREC")
+        if awaits is None:
+            if reason < 0x80:
+                self._out.append(encode(Pubrel(number, Reason.PACKET_IDENTIFIER_NOT_FOUND), self.version))
+            return
+        gathered.turn(PacketType.PUBREC)
+        if reason >= 0x80:  # finished, and there will be no PUBREL (MQTT 5.0 §4.3.3)
+            del self._in_flight[number]
+            gathered.not_received.append((number, reason))
+        else:
+            self._in_flight[number] = Awaits.PUBCOMP
+            gathered.received.append(number)
+
+    @staticmethod
+    def _check_answer(awaits: Awaits | None, wanted: Awaits, name: str) -> None:
+        if awaits is not None and awaits is not wanted:
+            raise MqttError(Reason.PROTOCOL_ERROR, f"{name} for a message that waits for {awaits.name}")
 
     def _take_control(self, first: int, body: bytes) -> Event | None:
         packet = decode_body(first, body, self.version)
@@ -689,26 +792,11 @@ class ServerConnection:
                 return Unsubscribed(packet)
             case Pingreq():
                 self._out.append(_PINGRESP)
-            case Pubrec() | Pubrel() | Pubcomp():
-                self._answer_qos_2(packet)
             case Disconnect():
                 return self._take_disconnect(packet)
             case _:
                 raise AssertionError(f"{type(packet).__name__} is not receivable")
         return None
-
-    def _answer_qos_2(self, packet: Pubrec | Pubrel | Pubcomp) -> None:
-        """No exchange of QoS 2 exists here, so whatever the client wants to finish is not found (§4.3.3)."""
-        if not isinstance(packet, Pubrel) and packet.packet_id in self._in_flight:
-            raise MqttError(Reason.PROTOCOL_ERROR, "a message of QoS 1 is acknowledged as one of QoS 2")
-        not_found = Reason.PACKET_IDENTIFIER_NOT_FOUND
-        match packet:
-            case Pubrel():
-                self._out.append(encode(Pubcomp(packet.packet_id, not_found), self.version))
-            case Pubrec() if packet.reason < 0x80:
-                self._out.append(encode(Pubrel(packet.packet_id, not_found), self.version))
-            case _:
-                pass
 
     def _take_disconnect(self, packet: Disconnect) -> Event:
         asked = self.connect.properties.session_expiry_interval if self.connect is not None else None
@@ -748,6 +836,72 @@ class ServerConnection:
         else:
             self._out.append(b"\x40\x02" + b"\x40\x02".join(packet_ids))
 
+    def pubrec(self, packet_ids: Sequence[bytes], reason: int = 0) -> None:
+        """Answer messages of QoS 2 after the commit that holds them, in the order they came (MQTT-4.6.0-3).
+
+        A `reason` of 0x80 or more ends the exchange (5.0 §4.3.3); 3.1.1 has no such word and is closed instead.
+        """
+        if self.state is State.CLOSED or not packet_ids:
+            return
+        if reason >= 0x80:
+            if self.version == V3:
+                self._enter(Cause.CLOSE)
+                return
+            for packet_id in packet_ids:
+                self._release(int.from_bytes(packet_id, "big"))
+        if reason and self.version == V5:
+            self._out.append(b"".join([b"\x50\x03%b%c" % (packet_id, reason) for packet_id in packet_ids]))
+        else:
+            self._out.append(b"\x50\x02" + b"\x50\x02".join(packet_ids))
+
+    def pubcomp(self, packet_ids: Iterable[int], reason: int = 0) -> None:
+        """Answer PUBRELs after the commit that forgets their ids; `reason` is for ids that nobody knew."""
+        if self.state is State.CLOSED:
+            return
+        for number in packet_ids:
+            self._release(number)
+            self._out.append(encode(Pubcomp(number, reason), self.version))
+
+    def _release(self, number: int) -> None:
+        if number in self._unreleased:
+            self._unreleased.discard(number)
+            self._intake_room += 1
+
+    def pubrel(self, packet_ids: Iterable[int]) -> None:
+        """Release messages of QoS 2 that the client has, in the order of its PUBRECs (MQTT-4.6.0-4).
+
+        Also what an earlier connection left to release: such ids take their place in the window.
+        """
+        if self.state is State.CLOSED:
+            return
+        for number in packet_ids:
+            self._taken.discard(number)
+            self._in_flight[number] = Awaits.PUBCOMP
+            self._out.append(b"\x62\x02" + number.to_bytes(2, "big"))
+
+    def reserve(self, qos: int, packet_id: int | None = None) -> int | None:
+        """Take a place in the window, and a packet id, for a message that `publish` will send later.
+
+        `packet_id`: the id that a message sent again had before (MQTT-4.4.0-1). None without a place.
+        """
+        assert qos in (1, 2)
+        if self.state is not State.OPEN or len(self._in_flight) >= self._window:
+            return None
+        number = self._allocate() if packet_id is None else packet_id
+        assert 0 < number <= PACKET_IDS_MAX, "a packet id is 1 to 65535"
+        assert number not in self._in_flight, "a packet id in use"
+        self._taken.discard(number)
+        self._in_flight[number] = Awaits.PUBREC if qos == 2 else Awaits.PUBACK
+        return number
+
+    def in_use(self, packet_ids: Iterable[int]) -> None:
+        """These packet ids belong to messages that will be sent again: no new message may have one."""
+        self._taken.update(packet_ids)
+
+    def fits(self, size: int) -> bool:
+        """Whether the client takes a packet with `size` bytes after its fixed header (MQTT-3.1.2-24)."""
+        return size + 1 + len(encode_varint(size)) <= self._send_max_bytes
+
     def publish(
         self,
         topic: str,
@@ -762,37 +916,88 @@ class ServerConnection:
         """Queue a message; return its packet id, 0 at QoS 0, None if nothing was queued: no window, or not open.
 
         `properties` may be bytes of `encode_properties`, made once for many clients; 3.1.1 has none.
-        `packet_id`: the id a message sent again had before (MQTT-4.4.0-1).
+        `packet_id`: one that `reserve` gave; without it the message takes its place in the window now.
         Raises TooLargeForPeer, and then nothing was queued either.
         """
-        assert qos in (0, 1), "this version sends QoS 0 and 1"
-        assert qos or not dup, "DUP is for QoS 1"  # MQTT-3.3.1-2
-        if self.state is not State.OPEN or (qos and len(self._in_flight) >= self._window):
+        assert qos or not dup, "DUP is for QoS 1 and 2"  # MQTT-3.3.1-2
+        if self.state is not State.OPEN:
             return None
         section = b""
+        name = encode_text(topic)
+        alias = 0
         if self.version == V5:
             if properties is None:
                 section = b"\0"
             else:
                 section = properties if isinstance(properties, bytes) else encode_properties(properties)
-        name = encode_text(topic)
-        size = len(name) + 2 * qos + len(section) + len(payload)
+            if self._alias_send_max:
+                name, section, alias = self._shorten(topic, name, section)
+        size = len(name) + (2 if qos else 0) + len(section) + len(payload)
         header = bytes((0x30 | dup << 3 | qos << 1 | retain,)) + encode_varint(size)
         if len(header) + size > self._send_max_bytes:
             raise TooLargeForPeer(f"a message of {len(header) + size} bytes, the client takes {self._send_max_bytes}")
-        if not qos:
-            self._out += (header, name, section, payload)
-            return 0
-        number = self._allocate() if packet_id is None else packet_id
-        assert 0 < number <= PACKET_IDS_MAX, "a packet id is 1 to 65535"
-        assert number not in self._in_flight, "a packet id in use"
-        self._in_flight[number] = None
-        self._out += (header, name, number.to_bytes(2, "big"), section, payload)
+        number = 0
+        assert packet_id is None or packet_id in self._in_flight, "a packet id that was not reserved"
+        if qos:
+            taken = self.reserve(qos) if packet_id is None else packet_id
+            if taken is None:
+                return None
+            number = taken
+        if alias:
+            self._aliases_set[topic] = alias
+        self._out += (header, name, number.to_bytes(2, "big") if qos else b"", section, payload)
         return number
+
+    def publish_encoded(self, head: bytes, tail: bytes, qos: int) -> int | None:
+        """As `publish`, of a packet encoded once for many: what stands before and behind the packet id.
+
+        HOT: tests/bench, fan-out. The owner has looked whether it `fits` and whether aliases are in use.
+        """
+        if self.state is not State.OPEN:
+            return None
+        if not qos:
+            self._out += (head, tail)
+            return 0
+        in_flight = self._in_flight
+        if len(in_flight) >= self._window:
+            return None
+        number = self._next_id
+        if number in in_flight or self._taken:
+            number = self._allocate()
+        else:
+            self._next_id = number % PACKET_IDS_MAX + 1
+        in_flight[number] = Awaits.PUBREC if qos == 2 else Awaits.PUBACK
+        self._out += (head, number.to_bytes(2, "big"), tail)
+        return number
+
+    @property
+    def plain(self) -> bool:
+        """Whether `publish_encoded` may be used: the client takes no topic aliases and any size."""
+        return not self._alias_send_max and self.unlimited
+
+    @property
+    def unlimited(self) -> bool:
+        """Whether the client takes packets of any size."""
+        return self._send_max_bytes > REMAINING_LENGTH_MAX
+
+    def _shorten(self, topic: str, name: bytes, section: bytes) -> tuple[bytes, bytes, int]:
+        """Topic and properties with an alias (MQTT 5.0 §3.3.2.3.4), and the alias to remember, 0 for none."""
+        aliases = self._aliases_set
+        alias = aliases.pop(topic, 0)
+        if alias:
+            name = b"\0\0"
+        elif len(topic) < ALIAS_TOPIC_MIN:
+            return name, section, 0
+        elif len(aliases) < self._alias_send_max:
+            alias = len(aliases) + 1
+        else:
+            alias = aliases.pop(next(iter(aliases)))
+        size, at = _varint_at(section)
+        return name, encode_varint(size + 3) + section[at:] + b"\x23" + alias.to_bytes(2, "big"), alias
 
     def _allocate(self) -> int:
         number = self._next_id
-        while number in self._in_flight:  # ends: the window is smaller than the number of ids, or was not full
+        while number in self._in_flight or number in self._taken:  # ends: the window is smaller than all ids
             number = number % PACKET_IDS_MAX + 1
         self._next_id = number % PACKET_IDS_MAX + 1
         return number
@@ -838,8 +1043,55 @@ class ServerConnection:
         self._out.append(worded)
 
 
-def _flush(events: list[Event], messages: list[Message], acked: list[int], refused: list[tuple[int, int]]) -> None:
-    if messages:
-        events.append(Publishes(messages))
-    if acked:
-        events.append(Acked(acked, refused))
+class _Gathered:
+    """Packets of a kind that came one after another, to be told as one event."""
+
+    __slots__ = ("acked", "completed", "events", "kind", "messages", "not_received", "received", "refused", "released")
+
+    def __init__(self, events: list[Event]) -> None:
+        self.events = events
+        self.kind = PacketType.PUBLISH
+        self._empty()
+
+    def _empty(self) -> None:
+        self.messages: list[Message] = []
+        self.acked: list[int] = []
+        self.refused: list[tuple[int, int]] = []
+        self.received: list[int] = []
+        self.not_received: list[tuple[int, int]] = []
+        self.released: list[int] = []
+        self.completed: list[int] = []
+
+    def turn(self, kind: PacketType) -> None:
+        """Packets of another kind follow. PUBLISH and PUBACK may be told in any order: their ids are not the same."""
+        if kind is not self.kind:
+            if {kind, self.kind} != {PacketType.PUBLISH, PacketType.PUBACK}:
+                self.flush()
+            self.kind = kind
+
+    def flush(self) -> None:
+        before = len(self.events)
+        if self.messages:
+            self.events.append(Publishes(self.messages))
+        if self.acked:
+            self.events.append(Acked(self.acked, self.refused))
+        if self.received or self.not_received:
+            self.events.append(Received(self.received, self.not_received))
+        if self.released:
+            self.events.append(Released(self.released))
+        if self.completed:
+            self.events.append(Completed(self.completed))
+        if len(self.events) > before:
+            self._empty()
+
+
+def _varint_at(section: bytes) -> tuple[int, int]:
+    """(value, where what follows begins) of a property section's length, which we wrote ourselves."""
+    value = shift = at = 0
+    while True:
+        byte = section[at]
+        value |= (byte & 127) << shift
+        at += 1
+        shift += 7
+        if byte < 128:
+            return value, at

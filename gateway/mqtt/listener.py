@@ -11,35 +11,48 @@ import logging
 import secrets
 import socket
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from gateway.amqp.addresses import reply_topic
-from gateway.amqp.message import Message, Template, answer_to, correlation_id, user_properties
+from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
 from gateway.broker import Broker
-from gateway.mqtt.codec import Connect, PropertiesCache, PublishProperties, Reason, TopicCache
+from gateway.mqtt.codec import V5, Connect, PropertiesCache, PublishProperties, Reason, TopicCache
 from gateway.mqtt.connection import (
     Acked,
+    Completed,
     Connected,
     Disconnected,
     Event,
     Failed,
     Limits,
     Publishes,
+    Received,
+    Released,
     ServerConnection,
     Subscribed,
     TooLargeForPeer,
     Unsubscribed,
 )
 from gateway.mqtt.connection import Message as Published
-from gateway.routing import Route
+from gateway.mqtt.delivery import Delivery
+from gateway.mqtt.topics import filter_matches
 from gateway.sessions import Session
+from security.identity import CertificateIdentity, certificate_identity
+from security.rules import Action
 from storeforward.errors import JournalFull
 from storeforward.journal import PENDING_BYTES_MAX, Journal
 
 log = logging.getLogger("lineside.mqtt")
 
+_CONNACK = {
+    Login.BAD_CREDENTIALS: Reason.BAD_USER_NAME_OR_PASSWORD,
+    Login.ANONYMOUS: Reason.NOT_AUTHORIZED,
+    Login.BUSY: Reason.SERVER_BUSY,
+}
 SESSION_NEVER_EXPIRES = 0xFFFFFFFF
+RESPONSE_PREFIX = "response/"
+ALIAS_BYTES = 6  # that a topic alias may add to a packet
 HOLD_RETRY_S = 0.2
 CLOSE_WAIT_S = 2.0
 WRITE_BUFFER_BYTES = 256 << 10
@@ -50,10 +63,15 @@ class Kick(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Refused:
-    """Packet ids whose messages were not taken: they are answered in their turn (MQTT 5.0 §4.6)."""
+class _Answer:
+    """What a batch's messages are answered in their turn (MQTT 5.0 §4.6): PUBREC, or a PUBACK that refuses."""
 
     packet_ids: list[bytes]
+    qos: int
+    reason: int = 0
+
+    def give(self, conn: ServerConnection) -> None:
+        (conn.pubrec if self.qos == 2 else conn.puback)(self.packet_ids, self.reason)
 
 
 class MqttListener:
@@ -69,10 +87,35 @@ class MqttListener:
         self.topics = TopicCache()
         self.properties = PropertiesCache()
         self.received = 0
+        self.sent = 0
         self.stopping = False
+        self.figures: Callable[[], list[tuple[str, bytes]]] = list
+        self.access: Access | None = None  # None: everybody may do everything
 
     def protocol(self) -> Client:
         return Client(self)
+
+    def send_sys(self, client: Client, filters: Iterable[str]) -> None:
+        """A new subscription to $SYS topics is given them as they are now."""
+        wanted = [f for f in filters if f.startswith("$SYS")]
+        if wanted:
+            client.give_figures(wanted, self.figures(), retain=True)
+
+    def publish_sys(self) -> None:
+        """Everybody who has subscribed to $SYS topics gets them. They are never journaled: they are about now."""
+        readers = [(c, filters) for c in self.clients if (filters := c.sys_filters)]
+        if readers:
+            figures = self.figures()
+            for client, filters in readers:
+                client.give_figures(filters, figures, retain=False)
+
+    def rules_changed(self) -> None:
+        """Judge everybody anew. Who is away gets back what is his; it is judged when he comes."""
+        for session in self.broker.sessions.values():
+            if session.outlet is None:
+                self.broker.suspend(session, None)
+        for client in list(self.clients):
+            client.rules_changed()
 
     def stop(self) -> None:
         """Say goodbye to everybody; who has unanswered messages gets its acknowledgements first."""
@@ -97,7 +140,13 @@ class Client(asyncio.Protocol):
         self._congested = False
         self._paused = False
         self._expiry: int | None = 0
+        self._admission: Admission | None = None
+        self._permit: Permit | None = None
+        self._login: asyncio.Task[None] | None = None
+        self._deaf = False
+        self._refusals_logged = 0
         self.peer = "?"
+        self.identity: CertificateIdentity | None = None  # who the client's certificate says it is, verified
 
     # ------------------------------------------------------------------ the socket's side
 
@@ -107,6 +156,7 @@ class Client(asyncio.Protocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.identity = certificate_identity(transport.get_extra_info("peercert"))
         peer = transport.get_extra_info("peername")
         self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
@@ -133,6 +183,8 @@ class Client(asyncio.Protocol):
         self._listener.clients.discard(self)
         if self._timer is not None:
             self._timer.cancel()
+        if self._login is not None:
+            self._login.cancel()
         self._take(self._conn.eof())
         self._leave()
         self._transport = None
@@ -147,16 +199,44 @@ class Client(asyncio.Protocol):
     def congested(self) -> bool:
         return self._congested or self._transport is None or self._conn.closing
 
-    def publish(self, topic: str, message: Message, qos: int, dup: bool) -> int | None:
-        properties = _to_mqtt(message) if self._conn.version == 5 else None
+    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool:
+        conn = self._conn
+        if conn.unlimited:
+            return True
+        section = len(delivery.section(identifiers, 0)) + ALIAS_BYTES if conn.version == V5 else 0
+        return conn.fits(4 + len(delivery.topic.encode()) + section + len(delivery.payload))
+
+    def in_use(self, packet_ids: Iterable[int]) -> None:
+        self._conn.in_use(packet_ids)
+
+    def reserve(self, qos: int, packet_id: int | None = None) -> int | None:
+        return self._conn.reserve(qos, packet_id)
+
+    def pubrel(self, packet_ids: Iterable[int]) -> None:
+        self._conn.pubrel(packet_ids)
+
+    def deliver(
+        self,
+        delivery: Delivery,
+        qos: int,
+        retain: bool,
+        identifiers: tuple[int, ...],
+        dup: bool = False,
+        packet_id: int | None = None,
+    ) -> int | None:
+        """Queue a message for the client; see `ServerConnection.publish`."""
+        conn = self._conn
+        if conn.plain and packet_id is None and delivery.expires_age_us is None:
+            self._listener.sent += 1
+            return conn.publish_encoded(*delivery.packet(conn.version, qos, retain, identifiers), qos)
+        section = delivery.section(identifiers, self._journal.age_us()) if conn.version == V5 else None
         try:
-            return self._conn.publish(topic, message.body, qos, dup=dup, properties=properties)
-        except TooLargeForPeer:
-            session = self._session
-            self._journal.lose(
-                "local", 0, "larger-than-client-takes", len(message.body), session.cursor_name if session else ""
-            )
-            return 0
+            number = conn.publish(delivery.topic, delivery.payload, qos, retain, dup, section, packet_id=packet_id)
+        except TooLargeForPeer as error:  # `takes` was asked, so only a new, lower limit of ours could do this
+            log.error("a message does not fit", extra=self._who(topic=delivery.topic, error=str(error)))
+            return None
+        self._listener.sent += 1
+        return number
 
     # ------------------------------------------------------------------ the journal's side (Waiter)
 
@@ -166,28 +246,32 @@ class Client(asyncio.Protocol):
         for token in tokens:
             if type(token) is list:
                 conn.puback(token)
-            elif type(token) is _Refused:
-                conn.puback(token.packet_ids, Reason.QUOTA_EXCEEDED)
+            elif type(token) is _Answer:
+                token.give(conn)
             else:
                 token()
         self.flush()
 
     def failed(self, tokens: list[Any], error: JournalFull) -> None:
-        """Nothing of it is on disk. 5.0 is told so; 3.1.1 has no word for it, and sends again when it comes back."""
-        if self._conn.version == 5:
-            for token in tokens:
-                if type(token) is list:
-                    self._conn.puback(token, Reason.QUOTA_EXCEEDED)
-                elif type(token) is _Refused:
-                    self._conn.puback(token.packet_ids, Reason.QUOTA_EXCEEDED)
-                elif token == self._resume:
-                    token()
-                else:
-                    self._disconnect(Reason.QUOTA_EXCEEDED, error.reason)
-            self.flush()
-        else:
-            log.warning("client dropped: its messages could not be stored", extra=self._who(error=error.reason))
-            self._abort()
+        """Nothing of it is on disk. 5.0 is told so; 3.1.1 has no word for it, and sends again when it comes back.
+
+        What does not speak of messages (sessions, subscriptions, releases) is staged again, and goes on waiting.
+        """
+        for token in tokens:
+            if type(token) is list:
+                token = _Answer(token, 1, Reason.QUOTA_EXCEEDED)
+            if type(token) is not _Answer:
+                self._journal.wait(self, token)
+                continue
+            if token.qos == 2 and self._session is not None and not token.reason:
+                for packet_id in token.packet_ids:
+                    self._session.take_back(int.from_bytes(packet_id, "big"))
+            if self._conn.version != V5:
+                log.warning("client dropped: its messages could not be stored", extra=self._who(error=error.reason))
+                self._abort()
+                return
+            replace(token, reason=token.reason or Reason.QUOTA_EXCEEDED).give(self._conn)
+        self.flush()
 
     # ------------------------------------------------------------------ events
 
@@ -196,7 +280,7 @@ class Client(asyncio.Protocol):
             if type(event) is Publishes:
                 self._published(event.messages)
             elif type(event) is Acked:
-                self._acked(event)
+                self._acked(event.packet_ids, event.refused)
             else:
                 self._control(event)
         if events:
@@ -204,6 +288,8 @@ class Client(asyncio.Protocol):
         self.flush()
 
     def _published(self, messages: list[Published]) -> None:
+        if self._deaf:
+            return
         if self._held:
             self._hold(messages)
             return
@@ -217,77 +303,137 @@ class Client(asyncio.Protocol):
     def _append(self, messages: list[Published]) -> int:
         """Stage messages; return how many were dealt with, which is fewer only where the rest has to be held."""
         journal = self._journal
-        router = self._broker.router
-        append, route_of = journal.append, router.route
+        route_of = self._broker.router.route
         packet_ids: list[bytes] = []
-        count = 0
-        age_us: int | None = None
-        last_topic: str | None = None
-        last_qos = -1
-        for topic, qos, _retain, _dup, packet_id, payload, properties in messages:
-            if topic is not last_topic or qos != last_qos:  # the usual case: a run of one topic
-                route = route_of(topic, qos)
-                last_topic, last_qos = topic, qos
-            try:
-                if route.wanted:
-                    if properties is None and route.ttl_us is None:
-                        append(route.stream, topic, route.encode, payload)
-                    else:
-                        if age_us is None:
-                            age_us = journal.age_us()
-                        self._append_with(route, qos, payload, properties, age_us)
-            except JournalFull as error:
-                if not self._full(error, packet_ids, packet_id):
-                    break
-                packet_ids = []
+        may = None if self._permit is None else self._permit.publish
+        at, count = 0, len(messages)
+        while at < count:
+            message = messages[at]
+            topic, qos, retain, _, packet_id, _, properties = message
+            route = route_of(topic, qos)
+            if may is not None and not may(topic):
+                if self._forbidden(message, packet_ids):
+                    at += 1
+                    continue
+                at = count
+                break
+            plain = qos < 2 and not retain and properties is None and topic[:1] != "$" and not self._marks_source
+            if plain and not route.wanted:
+                at += 1
+            elif plain and route.ttl_us is None:
+                run = _run_of(messages, at)
+                done = journal.append_run(route.stream, topic, route.encode, [m[5] for m in run])
+                if not done:
+                    done = self._append_one(message, packet_ids)
+                    if not done:
+                        break
+                elif qos:
+                    packet_ids += [m[4] for m in run[:done]]
+                at += done
+                continue
             else:
-                if qos:
-                    packet_ids.append(packet_id)
-            count += 1
+                if not self._append_one(message, packet_ids):
+                    break
+                at += 1
+                continue
+            if qos:
+                packet_ids.append(packet_id)
         if packet_ids:
             journal.wait(self, packet_ids)
-        self._listener.received += count
-        return count
+        self._listener.received += at
+        return at
 
-    def _append_with(
-        self, route: Route, qos: int, payload: bytes, properties: PublishProperties | None, age_us: int
-    ) -> None:
-        ttl_us = route.ttl_us
-        encode = route.encode
-        if properties is not None:
-            if properties.message_expiry_interval is not None:
-                asked_us = properties.message_expiry_interval * 1_000_000
-                ttl_us = asked_us if ttl_us is None else min(ttl_us, asked_us)
-            gateway, epoch = self._broker.router.identity
-            encode = Template(
-                gateway,
-                epoch,
-                route.stream.name,
-                route.address,
-                route.topic,
-                None if ttl_us is None else min(ttl_us // 1000, 0xFFFFFFFF),
-                content_type=properties.content_type,
-                reply_to=properties.response_topic,
-                correlation_id=correlation_id(properties.correlation_data),
-                user_properties=properties.user_property,
-                duplicate_property=route.duplicate_property,
-                qos=qos,
-            ).encode
-        expires = None if ttl_us is None else age_us + ttl_us
-        self._journal.append(route.stream, route.topic, encode, payload, expires)
+    @property
+    def _marks_source(self) -> bool:
+        return self._session is not None and self._session.no_local
 
-    def _full(self, error: JournalFull, before: list[bytes], packet_id: bytes) -> bool:
-        """A stream is full: QoS 0 is lost and in the ledger, 5.0 is refused, 3.1.1 is held. True to go on."""
-        log.debug("intake refused", extra=self._who(stream=error.stream, reason=error.reason))
-        if packet_id and self._conn.version != 5:
-            return False
-        if before:
-            self._journal.wait(self, before)
-        if packet_id:
-            self._journal.wait(self, _Refused([packet_id]))
-        else:
-            self._journal.lose(error.stream, 0, "refused-qos-0", 0, self._conn.client_id)
+    def _append_one(self, message: Published, acknowledged: list[bytes]) -> bool:
+        """Stage a message of any kind. False where it has to be held; `acknowledged`: PUBACKs not yet waited for."""
+        topic, qos, retain, _, packet_id, payload, properties = message
+        session = self._session
+        if session is None:
+            return True  # taken over meanwhile: the client sends it again
+        number = int.from_bytes(packet_id, "big")
+        if qos == 2 and number in session.incoming:
+            self._answer(acknowledged, [packet_id], 2)  # sent again, stored before (§4.3.3)
+            return True
+        refusal = self._refusal(topic, payload, properties)
+        if refusal is not None:
+            return self._refuse(refusal, message, acknowledged)
+        try:
+            self._broker.publish(topic, qos, retain, payload, properties, self._journal.age_us(), session)
+        except JournalFull as error:
+            log.debug("intake refused", extra=self._who(stream=error.stream, reason=error.reason))
+            if qos and self._conn.version != V5:
+                return False
+            if qos:
+                self._answer(acknowledged, [packet_id], qos, Reason.QUOTA_EXCEEDED)
+            else:
+                self._journal.lose(error.stream, 0, "refused-qos-0", len(payload), self._conn.client_id)
+            return True
+        if qos == 2:
+            session.take_in(number)
+            self._answer(acknowledged, [packet_id], 2)
+        elif qos:
+            acknowledged.append(packet_id)
         return True
+
+    def _answer(self, before: list[bytes], packet_ids: list[bytes], qos: int, reason: int = 0) -> None:
+        """Have these answered after the commit, behind what came before them."""
+        if before:
+            self._journal.wait(self, before.copy())
+            before.clear()
+        self._journal.wait(self, _Answer(packet_ids, qos, reason))
+
+    def _refusal(self, topic: str, payload: bytes, properties: PublishProperties | None) -> Reason | None:
+        if topic.startswith("$SYS/"):
+            return Reason.NOT_AUTHORIZED  # the server's own (§4.7.2)
+        if properties is not None and properties.payload_format_indicator == 1:
+            try:
+                payload.decode()
+            except UnicodeDecodeError:
+                return Reason.PAYLOAD_FORMAT_INVALID
+        return None
+
+    def _refuse(self, reason: Reason, message: Published, acknowledged: list[bytes]) -> bool:
+        """Never to be taken, full or not. Without a word for it the message is in the ledger: nothing vanishes."""
+        topic, qos, _, _, packet_id, payload, _ = message
+        log.warning("message refused", extra=self._who(topic=topic, reason=reason.name.lower()))
+        if qos and self._conn.version == V5:
+            self._answer(acknowledged, [packet_id], qos, reason)
+            return True
+        self._journal.lose("-", 0, reason.name.lower().replace("_", "-"), len(payload), self._conn.client_id)
+        if qos == 2:
+            self._answer(acknowledged, [packet_id], 2)
+        elif qos:
+            acknowledged.append(packet_id)
+        return True
+
+    def _forbidden(self, message: Published, acknowledged: list[bytes]) -> bool:
+        """An access rule is against it. False where nothing more is taken from this client.
+
+        QoS 0 is dropped and in the ledger; 5.0 is told so in its turn. 3.1.1 has no word for it: to acknowledge and
+        drop would be a lie that no app ever finds out, so the connection is closed (3.1.1 §3.3.5.2 leaves the choice),
+        after the acknowledgements of what came before.
+        """
+        topic, qos, _, _, packet_id, payload, _ = message
+        closing = bool(qos) and self._conn.version != V5
+        self._log_forbidden(Action.PUBLISH, topic, qos=qos, closing=closing)
+        if not qos:
+            stream = self._broker.router.route(topic, 0).stream
+            self._journal.lose(stream.name, 0, "not-allowed", len(payload), self._conn.client_id)
+            return True
+        self._answer(acknowledged, [packet_id], qos, Reason.NOT_AUTHORIZED)
+        if closing:
+            self._deaf = True
+            self._pause()
+        return not closing
+
+    def _log_forbidden(self, action: Action, name: str, **fields: Any) -> None:
+        self._refusals_logged += 1
+        if self._permit is not None and self._refusals_logged <= LOGGED_MAX:
+            why = self._permit.why(action, name).text
+            log.warning("not allowed", extra=self._who(topic=name, why=why, **fields))
 
     def _hold(self, messages: list[Published]) -> None:
         if not self._held:
@@ -298,6 +444,10 @@ class Client(asyncio.Protocol):
 
     def _retry(self) -> None:
         if self._transport is None:
+            for topic, qos, _, _, _, payload, _ in self._held:
+                if not qos:  # the others were not acknowledged: their sender still has them
+                    stream = self._broker.router.route(topic, 0).stream
+                    self._journal.lose(stream.name, 0, "refused-qos-0", len(payload), self._conn.client_id)
             self._held.clear()
             return
         messages = list(self._held)
@@ -310,18 +460,42 @@ class Client(asyncio.Protocol):
         else:
             self._resume()
 
-    def _acked(self, event: Acked) -> None:
+    def _acked(self, packet_ids: list[int], refused: list[tuple[int, int]]) -> None:
         session = self._session
         if session is None:
             return
-        for packet_id, reason in event.refused:
+        for packet_id, reason in refused:
             self._journal.lose(session.cursor_name, packet_id, "refused-by-client", 0, f"reason 0x{reason:02x}")
-        self._broker.acked(session, event.packet_ids)
+        session.acked(packet_ids)
+        self._broker.answered(session)
+
+    def _released(self, packet_ids: list[int]) -> None:
+        """PUBRELs: the ids are free again once that is on disk, and only then are they answered."""
+        session = self._session
+        if session is None:
+            return
+        known = [p for p in packet_ids if session.let_go(p)]
+        unknown = [p for p in packet_ids if p not in known]
+
+        def answer() -> None:
+            self._conn.pubcomp(known)
+            self._conn.pubcomp(unknown, Reason.PACKET_IDENTIFIER_NOT_FOUND)
+
+        self._journal.wait(self, answer)
 
     def _control(self, event: Event) -> None:
         match event:
             case Connected(connect):
                 self._connect(connect)
+            case Released(packet_ids):
+                self._released(packet_ids)
+            case Received(packet_ids, refused):
+                if self._session is not None:
+                    self._session.received(packet_ids)
+                    if refused:
+                        self._acked([p for p, _ in refused], refused)
+            case Completed(packet_ids):
+                self._acked(packet_ids, [])
             case Subscribed(packet):
                 self._subscribe(packet)
             case Unsubscribed(packet):
@@ -332,7 +506,7 @@ class Client(asyncio.Protocol):
                 log.info("client left", extra=self._who(clean=clean, reason=reason))
                 if packet is not None and packet.properties.session_expiry_interval is not None:
                     self._expiry = self._expiry_of(packet.properties.session_expiry_interval)
-                self._leave()
+                self._leave(clean=clean)
             case Failed(error):
                 log.warning(
                     "client broke the protocol", extra=self._who(reason=f"0x{error.reason:02x}", error=error.text)
@@ -343,8 +517,14 @@ class Client(asyncio.Protocol):
         if self._listener.stopping:
             self._conn.refuse(Reason.SERVER_SHUTTING_DOWN)
             return
-        assigned = None if connect.client_id else f"lineside-{secrets.token_hex(8)}"
+        known = self._admission.identity.client if self._admission is not None else f"lineside-{secrets.token_hex(8)}"
+        assigned = None if connect.client_id else known
         client_id = connect.client_id or assigned or ""
+        if not self._admitted(connect, client_id):
+            return
+        self._open(connect, client_id, assigned)
+
+    def _open(self, connect: Connect, client_id: str, assigned: str | None) -> None:
         if connect.version == 5:
             asked = connect.properties.session_expiry_interval or 0
         else:
@@ -353,16 +533,41 @@ class Client(asyncio.Protocol):
         other = self._broker.sessions.get(client_id)
         if other is not None and isinstance(other.outlet, Client):
             other.outlet.taken_over()
-        self._session, present = self._broker.connect(client_id, connect.clean_start, self._expiry, self)
+        session, present = self._broker.connect(connect, client_id, self._expiry, self)
+        self._session = session
         told = self._expiry if connect.version == 5 and self._expiry != asked else None
+        self._suspend_forbidden()
         log.info("client connected", extra=self._who(client=client_id, version=connect.version, present=present))
-        held = self._conn.accept(present, assigned_client_id=assigned, session_expiry_s=told)
+
+        def accept() -> None:
+            if self._session is session:
+                self._accept(session, present, assigned, told)
+
+        if session.durable or connect.will is not None:
+            self._pause()  # the time to CONNECT is over; what is sent meanwhile waits in the socket
+            self._journal.wait(self, accept)
+        else:
+            accept()
+
+    def _accept(self, session: Session, present: bool, assigned: str | None, expiry_s: int | None) -> None:
+        """Session and will are on disk: the client is told that it has them."""
+        connect = self._conn.connect
+        information = None
+        if connect is not None and connect.properties.request_response_information:
+            information = f"{RESPONSE_PREFIX}{self._conn.client_id or assigned}"
+        held = self._conn.accept(
+            present, assigned_client_id=assigned, session_expiry_s=expiry_s, response_information=information
+        )
+        if self._conn.closing:
+            self.flush()
+            return
         if self._timer is not None:  # until now it was the time allowed for CONNECT; the keep-alive may be shorter
             self._timer.cancel()
             self._timer = None
         self._set_timer()
-        self._broker.pump(self._session)
+        self._broker.attach(session, self)
         self._take(held)
+        self._resume()
 
     def _expiry_of(self, asked: int) -> int:
         """What is granted of a session expiry interval, in seconds; the cap bounds "never", too."""
@@ -372,31 +577,124 @@ class Client(asyncio.Protocol):
         session = self._session
         assert session is not None
         identifier = packet.properties.subscription_identifier
-        codes = self._broker.subscribe(
+        reasons = [self._subscription_refusal(s.filter) for s in packet.subscriptions]
+        granted, retained = self._broker.subscribe(
             session,
             [
                 (s.filter, s.qos, s.no_local | s.retain_as_published << 1 | s.retain_handling << 2, identifier)
-                for s in packet.subscriptions
+                for s, reason in zip(packet.subscriptions, reasons, strict=True)
+                if reason is None
             ],
         )
+        grants = iter(granted)
+        codes = [next(grants) if reason is None else reason for reason in reasons]
 
         def answer() -> None:
+            if self._session is session and self._broker.owe_retained(session, retained):
+                self._journal.wait(self, acknowledge)
+            else:
+                acknowledge()
+
+        def acknowledge() -> None:
             self._conn.suback(packet, codes)
             self.flush()
             if self._session is session:
+                granted = [s.filter for s, code in zip(packet.subscriptions, codes, strict=True) if code < 0x80]
+                self._listener.send_sys(self, granted)
                 self._broker.pump(session)
 
         # Not before the subscription is on disk: a power cut must not take what was promised.
         self._journal.wait(self, answer)
+
+    # ------------------------------------------------------------------ $SYS
+
+    @property
+    def sys_filters(self) -> list[str]:
+        return [f for f in self._session.subscriptions if f.startswith("$SYS")] if self._session is not None else []
+
+    def give_figures(self, filters: list[str], figures: list[tuple[str, bytes]], *, retain: bool) -> None:
+        """At QoS 0, and only as long as the socket takes them."""
+        for topic, value in figures:
+            if not self.congested and any(filter_matches(f, topic) for f in filters):
+                delivery = Delivery(topic, value, 0, True, None, None, None)
+                if self.takes(delivery, ()):
+                    self.deliver(delivery, 0, retain, ())
+        self.flush()
+
+    # ------------------------------------------------------------------ access
+
+    def _admitted(self, connect: Connect, client_id: str) -> bool:
+        """Whether the client is let in now. If not, it is refused, or will be asked again once its password is checked.
+
+        Meanwhile nothing more is read from it.
+        """
+        access = self._listener.access
+        if access is None:
+            return True
+        if self._admission is None:
+            assert self._transport is not None
+            claim = replace(identity_of(self._transport, "mqtt"), client=client_id, user=connect.username)
+            self._admission = access.admit(claim, connect.password)
+            if self._admission is None:
+                self._pause()
+                self._login = self._loop.create_task(self._log_in(access.authenticate(claim, connect.password)))
+                return False
+        if not self._admission.ok:
+            login = self._admission.login
+            log.warning("client refused", extra=self._who(client=client_id, why=login.value))
+            self._conn.refuse(_CONNACK[login], login.value)
+            return False
+        self._permit = access.permit(self._admission.identity)
+        will = connect.will
+        if will is not None and self._permit is not None and not self._permit.publish(will.topic):
+            self._log_forbidden(Action.PUBLISH, will.topic, client=client_id, will=True)
+            self._conn.refuse(Reason.NOT_AUTHORIZED, "the will's topic is not allowed")
+            return False
+        return True
+
+    async def _log_in(self, answer: Awaitable[Admission]) -> None:
+        try:
+            self._admission = await answer
+        finally:
+            self._login = None
+            if self._admission is None:  # cancelled, or our own mistake: nobody gets in by it
+                self._abort()
+        connect = self._conn.connect
+        if connect is not None and not self._conn.closing and self._transport is not None:
+            self._connect(connect)
+            self._listener.committer.kick()
+            self.flush()
+        self._resume()
+
+    def rules_changed(self) -> None:
+        """Other rules are in force: they count for what comes from now on, and for subscriptions there are."""
+        access = self._listener.access
+        if self._session is None or access is None or self._admission is None:
+            return
+        self._permit = access.permit(self._admission.identity)
+        self._suspend_forbidden()
+        self._broker.pump(self._session)
+
+    def _suspend_forbidden(self) -> None:
+        assert self._session is not None
+        permit = self._permit
+        for filter_ in self._broker.suspend(self._session, None if permit is None else permit.subscribe):
+            self._log_forbidden(Action.SUBSCRIBE, filter_, session=True)
+
+    def _subscription_refusal(self, filter: str) -> Reason | None:
+        if self._permit is not None and not self._permit.subscribe(filter):
+            self._log_forbidden(Action.SUBSCRIBE, filter)
+            return Reason.NOT_AUTHORIZED  # 0x80 on 3.1.1
+        if ("+" in filter or "#" in filter) and not self._listener.limits.wildcards_available:
+            return Reason.WILDCARD_SUBSCRIPTIONS_NOT_SUPPORTED
+        return None
 
     # ------------------------------------------------------------------ ending
 
     def taken_over(self) -> None:
         """Another connection came with the same client identifier (MQTT 5.0 §3.1.4)."""
         log.info("client taken over", extra=self._who())
-        session, self._session = self._session, None
-        if session is not None:
-            session.detach()
+        self._leave()
         self._disconnect(Reason.SESSION_TAKEN_OVER)
 
     def shut_down(self) -> None:
@@ -409,10 +707,10 @@ class Client(asyncio.Protocol):
         elif self._transport is not None:
             self._transport.close()
 
-    def _leave(self) -> None:
+    def _leave(self, *, clean: bool = False) -> None:
         session, self._session = self._session, None
-        if session is not None:
-            self._broker.disconnect(session, self, self._expiry)
+        if session is not None and not self._listener.stopping:
+            self._broker.disconnect(session, self, self._expiry, clean=clean)
             self._listener.committer.kick()
 
     def _abort(self) -> None:
@@ -454,7 +752,7 @@ class Client(asyncio.Protocol):
             self._transport.pause_reading()
 
     def _resume(self) -> None:
-        if self._paused and not self._held:
+        if self._paused and not (self._held or self._deaf or self._conn.awaiting_verdict):
             self._paused = False
             if self._transport is not None and not self._transport.is_closing():
                 self._transport.resume_reading()
@@ -468,22 +766,23 @@ class Client(asyncio.Protocol):
         return {
             "client": self._conn.client_id,
             "peer": self.peer,
+            "certificate": None if self.identity is None else str(self.identity),
             "version": "5.0" if self._conn.version == 5 else "3.1.1",
+            "user": self._admission.identity.user if self._admission is not None else None,
             "durable": bool(session and session.durable),
             "subscriptions": sorted(session.subscriptions) if session else [],
+            "suspended": sorted(session.suspended) if session else [],
             "held": len(self._held),
         }
 
 
-def _to_mqtt(message: Message) -> PublishProperties | None:
-    pairs = tuple(user_properties(message))
-    correlation = answer_to(message)
-    response_topic = reply_topic(message.reply_to)
-    if not (pairs or correlation or response_topic or message.content_type):
-        return None
-    return PublishProperties(
-        response_topic=response_topic,
-        correlation_data=correlation,
-        content_type=message.content_type,
-        user_property=pairs,
-    )
+def _run_of(messages: list[Published], at: int) -> list[Published]:
+    """The messages from `at` on that differ in nothing but packet id and payload, and have no properties."""
+    topic, qos = messages[at][0], messages[at][1]
+    end, count = at + 1, len(messages)
+    while end < count:  # HOT: tests/bench, intake
+        message = messages[end]
+        if message[0] is not topic or message[6] is not None or message[1] != qos:
+            break
+        end += 1
+    return messages if end - at == count else messages[at:end]

@@ -40,7 +40,7 @@ from gateway.config import Hub, HubUrl, Inbound, Outbound
 from gateway.errors import PeerError
 from gateway.mqtt.topics import check_topic
 from gateway.uplink.drain import Drain
-from gateway.uplink.intake import Intake
+from gateway.uplink.intake import Intake, Retain
 from gateway.uplink.state import ATTEMPTS_MAX, Failure, LinkState, State
 from gateway.uplink.tcp import silent_ms
 from storeforward.journal import Journal
@@ -79,7 +79,9 @@ class HubLink:
         inbound: Sequence[Inbound],
         journal: Journal,
         kick: Callable[[], None],
+        retain: Retain | None = None,
     ) -> None:
+        self._retain = retain
         self.hub = hub
         self.gateway = gateway
         self.journal = journal
@@ -353,7 +355,9 @@ class HubLink:
             assert isinstance(way.config, Inbound)
             place = self._place(way.config, way.stream)
             link.whole_windows = self.hub.kind == "rabbitmq"
-            way.intake = Intake(self.journal, link, way.config.credit, place, self._flush, self.state.settled)
+            way.intake = Intake(
+                self.journal, link, way.config.credit, place, self._flush, self.state.settled, self._retain
+            )
 
     def _place(self, config: Inbound, stream: Stream) -> Callable[[Message], tuple[Stream, str]]:
         gateway = self.gateway

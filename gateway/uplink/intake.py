@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from gateway.amqp.engine import Receiver
-from gateway.amqp.message import Message, decode, identity
+from gateway.amqp.message import ANNOTATION_RETAIN, Message, decode, identity
 from gateway.errors import PeerError
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
@@ -22,6 +22,7 @@ log = logging.getLogger("lineside.intake")
 
 
 Place = Callable[[Message], tuple[Stream, str]]
+Retain = Callable[[Stream, int, str, bytes, int | None], None]
 
 
 def _as_it_came(seq: int, body: bytes) -> bytes:
@@ -31,7 +32,8 @@ def _as_it_came(seq: int, body: bytes) -> bytes:
 class Intake:
     """`place(message)` says which stream and topic; raises PeerError to have the message rejected.
 
-    `flush()` has what was settled sent; `accepted()` hears of every time that something was accepted.
+    `flush()` has what was settled sent; `accepted()` hears of every time that something was accepted; `retain` of each
+    message that asks to be retained, with its stream, seq, topic, bytes and expiry.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Intake:
         place: Place,
         flush: Callable[[], None],
         accepted: Callable[[], None] = lambda: None,
+        retain: Retain | None = None,
     ) -> None:
         self.journal = journal
         self.link = link
@@ -49,6 +52,7 @@ class Intake:
         self._place = place
         self._flush = flush
         self._accepted = accepted
+        self._retain = retain
         self._held: deque[tuple[int, bytes]] = deque()
         self.received = self.repeated = 0
         link.topup(credit)
@@ -77,13 +81,17 @@ class Intake:
             held.popleft()
 
     def _append(self, handle: int, body: bytes) -> None:
-        stream, topic = self._place(decode(body))
+        message = decode(body)
+        stream, topic = self._place(message)
         who = identity(body)
         if who is not None and who in stream.seen:
             self.repeated += 1
             self.journal.wait_for(self, handle, stream, who)
         else:
-            self.journal.append(stream, topic, _as_it_came, body, identity=who)
+            expires = None if message.ttl_ms is None else self.journal.age_us() + message.ttl_ms * 1000
+            seq = self.journal.append(stream, topic, _as_it_came, body, expires, who)
+            if self._retain is not None and message.annotations.get(ANNOTATION_RETAIN) is True:
+                self._retain(stream, seq, topic, body, expires)
             self.received += 1
             self.journal.wait(self, handle)
 

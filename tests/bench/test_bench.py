@@ -19,12 +19,10 @@ RESUME_S_MAX = 1.0
 OPEN_S_MAX = 1.0
 
 
-@pytest.mark.parametrize(("version", "pairs"), [(4, 5), (5, 3)], ids=["3.1.1", "5.0"])
-def test_intake_after_fsync_is_at_least_as_fast_as_mosquitto_queueing_in_memory(
-    tmp_path: Path, version: int, pairs: int
-) -> None:
+@pytest.mark.parametrize("version", [4, 5], ids=["3.1.1", "5.0"])
+def test_intake_after_fsync_is_at_least_as_fast_as_mosquitto_queueing_in_memory(tmp_path: Path, version: int) -> None:
     require("mosquitto")
-    figures = run.intake(tmp_path, pairs=pairs, seconds=2.0, version=version)
+    figures = run.intake(tmp_path, pairs=3, pairs_max=9, seconds=2.0, version=version)
     assert figures["ratio_median"] >= 1.0, figures
 
 

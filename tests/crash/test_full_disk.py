@@ -35,7 +35,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(path)], check=True)
 
 
-@pytest.mark.xfail(strict=False, reason="drained rows are deleted too slowly on a full 12 MB file system in some runs: open")
+@pytest.mark.xfail(
+    strict=False, reason="drained rows are deleted too slowly on a full 12 MB file system in some runs: open"
+)
 def test_a_full_disk_refuses_intake_keeps_draining_and_takes_messages_again(tmp_path: Path, small_disk: Path) -> None:
     hub_port = free_port()
     (tmp_path / "hub").mkdir()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gateway.amqp import driver
 from gateway.amqp.engine import Durability, Engine, Expiry, Terminus
-from gateway.amqp.listener import Access, AmqpListener
+from gateway.amqp.listener import AmqpListener
 from gateway.amqp.message import encode
 from gateway.amqp.sasl import AMQP_HEADER, SASL_HEADER, SaslClient
 from gateway.broker import Broker
@@ -80,7 +80,6 @@ class Serving:
             message_max_bytes=10_000,
             idle_timeout_s=30,
             window=10,
-            access=Access(),
         )
         protocol, wire = listener.protocol(), Wire()
         protocol.connection_made(wire)

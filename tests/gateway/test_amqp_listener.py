@@ -6,6 +6,7 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +16,76 @@ from proton.reactor import DurableSubscription
 from proton.utils import BlockingConnection, LinkDetached, SendException
 
 from gateway import groups
+from gateway.access import Access
 from gateway.amqp import outgoing
 from gateway.amqp.driver import AmqpProtocol
 from gateway.amqp.engine import Engine, Event, LinkAttached, Terminus
-from gateway.amqp.listener import Access, AmqpListener, common_name, mechanisms
+from gateway.amqp.listener import AmqpListener, mechanisms, owner_of
 from gateway.amqp.sasl import SaslClient
 from gateway.broker import Broker
 from gateway.committer import Committer
-from gateway.config import loads
+from gateway.config import Config, loads
+from security.passwords import Cost, hash_password
+from security.rules import Identity
 from security.tls import client_context, server_context
 from storeforward.errors import JournalError
 from storeforward.journal import Batch, Journal
 from tests.pki import Pki
 
 WAIT_S = 10.0
+PASSWORDS = 'password_file = "passwords"'
 CONFIG = """
 [gateway]
 id = "loco"
+[amqp]
+{keys}
 [[address]]
 name = "jobs"
 kind = "queue"
 """
 
 
+def config_of(directory: Path, keys: str = "", rules: str = "") -> Config:
+    """Users anna and bert, whose passwords are their names."""
+    lines = [f"{user}:{hash_password(user.encode(), Cost(ln=10))}\n" for user in ("anna", "bert")]
+    (directory / "passwords").write_text("".join(lines))
+    return loads(CONFIG.format(keys=keys) + rules, base=directory)
+
+
+def access_of(directory: Path, keys: str = "", rules: str = "") -> Access:
+    return Access(config_of(directory, keys, rules))
+
+
+HERE, THERE = ip_address("127.0.0.1"), ip_address("192.0.2.1")
+CERTIFIED = Identity("amqp", cn="loco", names=("loco",), address=THERE)
+
+
 @pytest.mark.parametrize(
-    ("private", "certificate", "passwords", "anonymous", "offered"),
+    ("claim", "tls", "keys", "offered"),
     [
-        (True, True, True, True, ["EXTERNAL", "PLAIN", "ANONYMOUS"]),
-        (True, False, True, False, ["PLAIN"]),
-        (False, False, True, False, []),
-        (False, False, True, True, ["ANONYMOUS"]),
-        (True, False, False, True, ["ANONYMOUS"]),
-        (True, True, False, False, ["EXTERNAL"]),
+        (Identity("amqp", address=HERE), False, "", ["PLAIN", "ANONYMOUS"]),
+        (Identity("amqp", address=HERE), False, PASSWORDS, ["PLAIN"]),
+        (Identity("amqp", address=THERE), False, "", []),
+        (Identity("amqp", address=THERE), False, "allow_anonymous = true", ["ANONYMOUS"]),
+        (Identity("amqp", address=THERE), True, PASSWORDS, ["PLAIN"]),
+        (Identity("amqp", uid=1000), False, PASSWORDS, ["PLAIN", "ANONYMOUS"]),
+        (CERTIFIED, True, PASSWORDS, ["EXTERNAL", "PLAIN", "ANONYMOUS"]),
     ],
 )
-def test_a_password_is_asked_for_only_where_it_is_private(
-    private: bool, certificate: bool, passwords: bool, anonymous: bool, offered: list[str]
+def test_a_password_is_asked_for_only_where_it_is_private_and_no_name_only_where_one_is_not_needed(
+    tmp_path: Path, claim: Identity, tls: bool, keys: str, offered: list[str]
 ) -> None:
-    access = Access(authenticate=(lambda user, password: True) if passwords else None, anonymous=anonymous)
-    assert mechanisms(private=private, certificate=certificate, access=access) == offered
+    async def story() -> None:
+        assert mechanisms(claim, tls=tls, access=access_of(tmp_path, keys)) == offered
+
+    asyncio.run(story())
 
 
-def test_an_identity_is_the_certificates_common_name() -> None:
-    certificate = {"subject": ((("organizationName", "x"),), (("commonName", "loco-4711"),))}
-    assert common_name(certificate) == "loco-4711"
-    assert common_name({}) is None
+def test_a_subscriptions_owner_is_what_vouches_for_the_app_not_what_it_says_of_itself() -> None:
+    assert owner_of(Identity("amqp", client="reader", address=HERE)) is None
+    assert owner_of(Identity("amqp", user="anna", cn="loco")) == "user:anna"
+    assert owner_of(CERTIFIED) == "cn:loco"
+    assert owner_of(Identity("amqp", uid=0)) == "uid:0"
 
 
 class Gateway:
@@ -68,9 +94,10 @@ class Gateway:
     listener: AmqpListener
     port: int
 
-    def __init__(self, journal: Journal, config: str) -> None:
+    def __init__(self, journal: Journal, config: Config) -> None:
         self.journal = journal
-        self.broker = Broker(loads(config), journal)
+        self.access = Access(config)
+        self.broker = Broker(config, journal)
         self.committer = Committer(journal, asyncio.get_running_loop(), self._committed, self._fatal)
 
     def _committed(self, batch: Batch) -> None:
@@ -82,9 +109,10 @@ class Gateway:
 
 
 @asynccontextmanager
-async def serving(path: Path, access: Access, tls: ssl.SSLContext | None = None, config: str = CONFIG) -> Any:
-    journal = Journal.open(path)
-    gateway = Gateway(journal, config)
+async def serving(path: Path, keys: str = "", rules: str = "", tls: ssl.SSLContext | None = None) -> Any:
+    (path / "state").mkdir()
+    journal = Journal.open(path / "state")
+    gateway = Gateway(journal, config_of(path, keys, rules))
     gateway.listener = AmqpListener(
         gateway.broker,
         gateway.committer.kick,
@@ -93,7 +121,7 @@ async def serving(path: Path, access: Access, tls: ssl.SSLContext | None = None,
         message_max_bytes=1 << 20,
         idle_timeout_s=30,
         window=100,
-        access=access,
+        access=gateway.access,
     )
     server = await asyncio.get_running_loop().create_server(gateway.listener.protocol, "127.0.0.1", 0, ssl=tls)
     gateway.port = server.sockets[0].getsockname()[1]
@@ -105,12 +133,13 @@ async def serving(path: Path, access: Access, tls: ssl.SSLContext | None = None,
         await asyncio.sleep(0.05)
         await gateway.committer.drain()
         gateway.committer.stop()
+        gateway.access.stop()
         journal.close()
 
 
-def run(path: Path, script: Callable[[Gateway], Awaitable[None]], access: Access, **options: Any) -> None:
+def run(path: Path, script: Callable[[Gateway], Awaitable[None]], **options: Any) -> None:
     async def main() -> None:
-        async with asyncio.timeout(60), serving(path, access, **options) as gateway:
+        async with asyncio.timeout(60), serving(path, **options) as gateway:
             await script(gateway)
 
     asyncio.run(main())
@@ -121,31 +150,23 @@ def connect(gateway: Gateway, **options: Any) -> BlockingConnection:
     return BlockingConnection(f"{scheme}://127.0.0.1:{gateway.port}", timeout=WAIT_S, **options)
 
 
-RIGHT = Access(authenticate=lambda user, password: (user, password) == ("anna", "secret"), anonymous=False)
-
-
 def test_a_right_password_opens_and_a_wrong_one_or_none_does_not(tmp_path: Path) -> None:
     def apps(gateway: Gateway) -> None:
-        app = connect(gateway, user="anna", password="secret", allowed_mechs="PLAIN", sasl_enabled=True)
-        assert {peer.describe()["user"] for peer in gateway.listener.peers} == {"anna"}
-        app.close()
-        for wrong in ({"user": "anna", "password": "guess"}, {"allowed_mechs": "ANONYMOUS"}):
+        for _ in range(2):  # the second time it is known already
+            app = connect(gateway, user="anna", password="anna", allowed_mechs="PLAIN")
+            assert {peer.describe()["user"] for peer in gateway.listener.peers} == {"user:anna"}
+            app.close()
+        for wrong in ({"user": "anna", "password": "bert"}, {"user": "nobody", "password": ""}, {}):
             with pytest.raises(ConnectionException):
                 connect(gateway, **wrong)
 
     async def script(gateway: Gateway) -> None:
         await asyncio.to_thread(apps, gateway)
 
-    run(tmp_path, script, RIGHT)
+    run(tmp_path, script, keys=PASSWORDS)
 
 
 def test_a_verified_certificate_is_an_identity_without_a_password(tmp_path: Path, pki: Pki) -> None:
-    seen: list[tuple[str | None, str]] = []
-
-    def may_subscribe(identity: str | None, filter_: str) -> bool:
-        seen.append((identity, filter_))
-        return True
-
     class App:
         def __init__(self) -> None:
             self.attached = asyncio.Event()
@@ -172,18 +193,20 @@ def test_a_verified_certificate_is_an_identity_without_a_password(tmp_path: Path
             server_hostname="localhost",
         )
         await app.attached.wait()
-        assert seen == [("loco-4711", "a")]
-        assert [peer.describe()["user"] for peer in gateway.listener.peers] == ["loco-4711"]
+        assert [peer.describe()["user"] for peer in gateway.listener.peers] == ["cn:loco-4711"]
         protocol.abort()
 
     tls = server_context(pki.server.cert, pki.server.key, pki.ca)
-    run(tmp_path, script, Access(anonymous=False, may_subscribe=may_subscribe), tls=tls)
+    rules = '[[access]]\nwho = "cn:loco-4711"\nsubscribe = "a"\n'
+    run(tmp_path, script, keys="allow_anonymous = false", rules=rules, tls=tls)
 
 
-ALLOWED = Access(
-    may_publish=lambda identity, topic: topic.startswith("open/"),
-    may_subscribe=lambda identity, filter_: filter_.startswith("open/"),
-)
+ALLOWED = """
+[[access]]
+who = "*"
+publish = "open/#"
+subscribe = "open/#"
+"""
 
 
 def test_a_link_or_a_message_that_the_rules_forbid_is_refused_and_what_they_allow_goes_on(tmp_path: Path) -> None:
@@ -208,18 +231,41 @@ def test_a_link_or_a_message_that_the_rules_forbid_is_refused_and_what_they_allo
     async def script(gateway: Gateway) -> None:
         await asyncio.to_thread(apps, gateway)
 
-    run(tmp_path, script, ALLOWED)
+    run(tmp_path, script, keys="allow_anonymous = true", rules=ALLOWED)
+
+
+def test_a_reload_ends_the_links_that_new_rules_forbid(tmp_path: Path) -> None:
+    def attach(gateway: Gateway) -> Any:
+        app = connect(gateway)
+        return app, app.create_receiver("open/a", credit=10), app.create_sender("open/a"), app.create_sender("open/b")
+
+    def after(app: Any, receiver: Any, sender: Any, other: Any) -> None:
+        app.wait(lambda: receiver.link.remote_condition and sender.link.remote_condition, timeout=WAIT_S)
+        assert receiver.link.remote_condition.name == "amqp:unauthorized-access"
+        assert sender.link.remote_condition.name == "amqp:unauthorized-access"
+        other.send(Message(body="x"), timeout=WAIT_S)
+        app.close()
+
+    async def script(gateway: Gateway) -> None:
+        links = await asyncio.to_thread(attach, gateway)
+        gateway.access.reload(
+            config_of(tmp_path, "allow_anonymous = true", ALLOWED.replace('publish = "open/#', 'publish = "open/b'))
+        )
+        gateway.listener.reload()
+        assert len(gateway.listener.peers) == 1
+        with pytest.raises(LinkDetached):
+            await asyncio.to_thread(after, *links)
+
+    run(tmp_path, script, keys="allow_anonymous = true", rules=ALLOWED)
 
 
 def test_a_durable_subscription_is_its_owners_whatever_container_name_others_give(tmp_path: Path) -> None:
-    access = Access(authenticate=lambda user, password: True, anonymous=False)
-
     def attach(gateway: Gateway, user: str) -> BlockingConnection:
         from proton.reactor import Container
 
         container = Container()
         container.container_id = "reader"
-        app = connect(gateway, container=container, user=user, password="x", allowed_mechs="PLAIN")
+        app = connect(gateway, container=container, user=user, password=user, allowed_mechs="PLAIN")
         app.create_receiver("cab/a", name="sub", options=[DurableSubscription()])
         return app
 
@@ -233,7 +279,7 @@ def test_a_durable_subscription_is_its_owners_whatever_container_name_others_giv
     async def script(gateway: Gateway) -> None:
         await asyncio.to_thread(apps, gateway)
 
-    run(tmp_path, script, access)
+    run(tmp_path, script, keys=PASSWORDS)
 
 
 def test_an_app_that_only_connects_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +292,7 @@ def test_an_app_that_only_connects_is_cut_off(tmp_path: Path, monkeypatch: pytes
         writer.close()
         assert not gateway.listener.peers
 
-    run(tmp_path, script, Access())
+    run(tmp_path, script)
 
 
 def test_a_receiver_that_holds_up_its_queue_is_thrown_out_and_its_messages_go_to_the_others(
@@ -279,12 +325,10 @@ def test_a_receiver_that_holds_up_its_queue_is_thrown_out_and_its_messages_go_to
         for receiver in (stuck, working):
             await asyncio.to_thread(receiver.connection.close)
 
-    run(tmp_path, script, Access())
+    run(tmp_path, script)
 
 
-RELOADED = (
-    CONFIG
-    + """
+RELOADED = """
 [[hub]]
 name = "depot"
 urls = ["amqp://127.0.0.1:1"]
@@ -294,7 +338,6 @@ topics = ["cab/#"]
 hub = "depot"
 address = "edge"
 """
-)
 
 
 def test_a_reload_moves_senders_and_receivers_to_the_new_streams(tmp_path: Path) -> None:
@@ -310,10 +353,10 @@ def test_a_reload_moves_senders_and_receivers_to_the_new_streams(tmp_path: Path)
 
     async def script(gateway: Gateway) -> None:
         app, receiver, sender = await asyncio.to_thread(attach, gateway)
-        gateway.broker.reload(loads(RELOADED))
+        gateway.broker.reload(config_of(tmp_path, rules=RELOADED))
         gateway.listener.reload()
         assert await asyncio.to_thread(go_on, receiver, sender) == ["before", "after"]
         assert gateway.journal.streams["alarms"].rows == 1
         await asyncio.to_thread(app.close)
 
-    run(tmp_path, script, Access())
+    run(tmp_path, script)

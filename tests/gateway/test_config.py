@@ -11,8 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.config import Config, ConfigErrors, Listen, Problem, explain, load, loads
-from gateway.config_values import parse_duration, parse_hub_url, parse_listen, parse_size, topic_filter_fault
+from gateway.config_values import (
+    parse_duration,
+    parse_hub_url,
+    parse_listen,
+    parse_origin,
+    parse_size,
+    topic_filter_fault,
+)
 from gateway.toml_lines import key_lines
+from tests.pki import Pki
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 
@@ -86,6 +94,28 @@ WRONG = [
     ('["127.0.0.1:1883"]', '["0.0.0.0:1883"]', [(4, "mqtt.listen[0]")], 'allow_plaintext = "yes, without TLS"'),
     ('["127.0.0.1:1883"]', '["box.example:1883"]', [(4, "mqtt.listen[0]")], "127.0.0.1:1883"),
     ('["127.0.0.1:1883"]', '["[::1]:9", "[::1]:9"]', [(4, "mqtt.listen[1]")], ""),
+    ('["127.0.0.1:1883"]', '["mqtts://127.0.0.1:8883"]', [(4, "mqtt.listen[0]")], 'cert = "/etc/lineside/'),
+    ('["127.0.0.1:1883"]', '["wss://127.0.0.1:8443"]', [(4, "mqtt.listen[0]")], "key ="),
+    ('["127.0.0.1:1883"]', '["ws://0.0.0.0:8080/x"]', [(4, "mqtt.listen[0]")], '"wss://0.0.0.0:8080/x"'),
+    ('["127.0.0.1:1883"]', '["ws://0.0.0.0:8080/x"]', [(4, "mqtt.listen[0]")], '"ws://127.0.0.1:8080/x"'),
+    ('["127.0.0.1:1883"]', '["0.0.0.0:1883"]', [(4, "mqtt.listen[0]")], '"mqtts://0.0.0.0:1883"'),
+    ('["127.0.0.1:1883"]', '["ssl://127.0.0.1:8883"]', [(4, "mqtt.listen[0]")], '"wss://127.0.0.1:8883"'),
+    ('["127.0.0.1:1883"]', '["MQTT://127.0.0.1:1883"]', [(4, "mqtt.listen[0]")], '"mqtt://127.0.0.1:1883"'),
+    ('["127.0.0.1:1883"]', '["amqp://127.0.0.1:1883"]', [(4, "mqtt.listen[0]")], '"mqtt://127.0.0.1:1883"'),
+    ('["127.0.0.1:1883"]', '["mqtt://127.0.0.1:1883/x"]', [(4, "mqtt.listen[0]")], '"mqtt://127.0.0.1:1883"'),
+    ('["127.0.0.1:1883"]', '["mqtt://u:p@127.0.0.1:1883"]', [(4, "mqtt.listen[0]")], '"mqtt://127.0.0.1:1883"'),
+    ('["127.0.0.1:1883"]', '["ws://127.0.0.1"]', [(4, "mqtt.listen[0]")], '"ws://127.0.0.1:8080"'),
+    ('["127.0.0.1:1883"]', '["ws://127.0.0.1:80/a b"]', [(4, "mqtt.listen[0]")], '"ws://127.0.0.1:80/mqtt"'),
+    ('["127.0.0.1:1883"]', '["ws://127.0.0.1:80/a?b"]', [(4, "mqtt.listen[0]")], '"ws://127.0.0.1:80/mqtt"'),
+    ('["127.0.0.1:1883"]', '["ws://127.0.0.1:9/a", "mqtt://127.0.0.1:9"]', [(4, "mqtt.listen[1]")], ""),
+    ("[mqtt]", '[amqp]\nlisten = ["mqtt://127.0.0.1:5672"]\n[mqtt]', [(4, "amqp.listen[0]")], '"amqp://127.0.0.1:5672"'),
+    ("[mqtt]", '[amqp]\nlisten = ["amqps://0.0.0.0:5671"]\n[mqtt]', [(4, "amqp.listen[0]")], "under [amqp]"),
+    ("[mqtt]", '[mqtt]\nclient_cert = "required"', [(4, "mqtt.client_cert")], "client_ca ="),
+    ("[mqtt]", '[mqtt]\nclient_cert = "yes"', [(4, "mqtt.client_cert")], 'client_cert = "required"'),
+    ("[mqtt]", '[mqtt]\nws_origins = ["hmi.example"]', [(4, "mqtt.ws_origins[0]")], '"https://hmi.example"'),
+    ("[mqtt]", '[mqtt]\nws_origins = ["https://hmi.example/"]', [(4, "mqtt.ws_origins[0]")], '"https://hmi.example"'),
+    ("[mqtt]", '[mqtt]\nws_origins = ["https://hmi.example:443"]', [(4, "mqtt.ws_origins[0]")], '"https://hmi.example"'),
+    ("[mqtt]", '[mqtt]\nws_origins = "*"', [(4, "mqtt.ws_origins")], 'ws_origins = ["*"]'),
     ("[mqtt]", "[mqtt]\nallow_plaintext = true", [(4, "mqtt.allow_plaintext")], '"yes, without TLS"'),
     ("[mqtt]", '[mqtt]\npacket_max = "1mb"', [(4, "mqtt.packet_max")], 'packet_max = "1MB"'),
     ("[mqtt]", '[mqtt]\npacket_max = "1"', [(4, "mqtt.packet_max")], 'packet_max = "1MiB"'),
@@ -249,6 +279,72 @@ def test_files_must_be_there_readable_and_of_their_kind(tmp_path: Path) -> None:
     assert keys("fifo", "key.pem", "key.pem") == ["hub[0].cert"]
 
 
+@pytest.mark.parametrize(
+    ("text", "protocol", "listen"),
+    [
+        ("mqtt://127.0.0.1:1883", "mqtt", Listen("127.0.0.1", 1883)),
+        ("mqtts://[::]:8883", "mqtt", Listen("::", 8883, scheme="mqtts")),
+        ("ws://127.0.0.1:80", "mqtt", Listen("127.0.0.1", 80, scheme="ws", url_path="/mqtt")),
+        ("wss://a.example:443/", "mqtt", Listen("a.example", 443, scheme="wss", url_path="/")),
+        ("amqp://127.0.0.1:5672", "amqp", Listen("127.0.0.1", 5672)),
+        ("amqps://0.0.0.0:5671", "amqp", Listen("0.0.0.0", 5671, scheme="amqps")),
+        ("unix:/run/x", "amqp", Listen("", 0, "/run/x")),
+    ],
+)
+def test_every_kind_of_address_is_read_and_reads_back(text: str, protocol: str, listen: Listen) -> None:
+    assert parse_listen(text, protocol) == listen
+    assert parse_listen(str(listen), protocol) == listen
+    assert listen.tls == (text.partition(":")[0] in ("mqtts", "wss", "amqps"))
+    assert listen.websocket == text.startswith("ws")
+
+
+def listener(pki: Pki, **changed: str | None) -> str:
+    """GOOD with TLS listeners open to everybody; `changed` replaces or, with None, leaves out a key of [mqtt]."""
+    keys = {"cert": pki.server.cert, "key": pki.server.key, "client_ca": pki.ca} | changed
+    table = "".join(f'{key} = "{value}"\n' for key, value in keys.items() if value is not None)
+    return GOOD.replace('["127.0.0.1:1883"]', '["mqtts://0.0.0.0:8883", "wss://0.0.0.0:8443"]\n' + table)
+
+
+def test_addresses_with_tls_may_be_open_to_all_and_are_explained(pki: Pki) -> None:
+    config = loads(listener(pki))
+    assert config.mqtt is not None
+    assert config.mqtt.asks_for == "required"
+    told = explain(config)
+    assert not [line for line in told if "without TLS" in line]
+    (line,) = [line for line in told if "with TLS on" in line]
+    assert "mqtts://0.0.0.0:8883, wss://0.0.0.0:8443/mqtt" in line
+    assert str(pki.server.cert) in line
+    assert f"must show a certificate that {pki.ca} issued" in line
+    assert any("may show" in line for line in explain(loads(listener(pki, client_cert="optional"))))
+    assert any("not asked" in line for line in explain(loads(listener(pki, client_ca=None))))
+
+
+def test_a_listener_s_certificate_files_are_tried_as_tls_will_use_them(pki: Pki, other_pki: Pki) -> None:
+    def found(**changed: str | None) -> list[str]:
+        return [problem.key for problem in problems(listener(pki, **changed))]
+
+    assert found(key=str(other_pki.server.key)) == ["mqtt.key"]
+    assert found(cert=str(pki.directory / "none.pem")) == ["mqtt.cert"]
+    assert found(cert=str(pki.server.key)) == ["mqtt.cert"]
+    assert found(client_ca=str(pki.server.key)) == ["mqtt.client_ca"]
+    assert found(key=None) == ["mqtt.key"]
+    assert found(cert=None) == ["mqtt.cert", "mqtt.listen[0]", "mqtt.listen[1]"]
+    (told,) = problems(listener(pki, key=str(other_pki.server.key)))
+    assert "not the key of the first certificate" in told.expected
+    unread = loads(listener(pki, key=str(other_pki.server.key)), check_files=False)
+    assert unread.mqtt is not None
+
+
+def test_a_certificate_without_an_address_to_use_it_on_is_noted(pki: Pki) -> None:
+    text = listener(pki).replace('["mqtts://0.0.0.0:8883", "wss://0.0.0.0:8443"]', '["127.0.0.1:1883"]')
+    assert any(line.startswith("note: MQTT has a cert") for line in explain(loads(text)))
+
+
+def test_letting_any_web_page_in_is_noted() -> None:
+    text = GOOD.replace('["127.0.0.1:1883"]', '["ws://127.0.0.1:1"]\nws_origins = ["null", "http://[::1]:3000", "*"]')
+    assert any("any web page" in line for line in explain(loads(text)))
+
+
 def test_a_filter_that_an_earlier_stream_covers_is_told() -> None:
     more = '[[outbound]]\nstream = "b"\nhub = "depot"\naddress = "b"\ntopics = [{}]\n'
     for covered in ("alarm", "alarm/x/y", "alarm/+", "alarm/x/#"):
@@ -286,7 +382,7 @@ def test_other_durations_are_refused(value: object) -> None:
 
 @given(st.text() | st.integers() | st.booleans() | st.none() | st.floats())
 def test_no_value_makes_a_parser_raise_anything_but_its_complaint(value: object) -> None:
-    for parse in (parse_size, parse_duration, parse_listen, parse_hub_url, topic_filter_fault):
+    for parse in (parse_size, parse_duration, parse_listen, parse_hub_url, parse_origin, topic_filter_fault):
         if isinstance(value, str) or parse in (parse_size, parse_duration):
             try:
                 parse(value)  # type: ignore[arg-type]

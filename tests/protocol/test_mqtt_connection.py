@@ -49,6 +49,7 @@ from gateway.mqtt.connection import (
     TRANSITIONS,
     Acked,
     Cause,
+    Completed,
     Connected,
     Disconnected,
     Event,
@@ -56,6 +57,8 @@ from gateway.mqtt.connection import (
     Limits,
     Message,
     Publishes,
+    Received,
+    Released,
     ServerConnection,
     State,
     Subscribed,
@@ -140,11 +143,9 @@ def test_a_5_0_client_is_told_every_limit() -> None:
             ConnackProperties(
                 session_expiry_interval=5,
                 receive_maximum=20,
-                maximum_qos=1,
                 maximum_packet_size=5000,
                 assigned_client_identifier="auto-1",
                 topic_alias_maximum=4,
-                shared_subscription_available=0,
                 server_keep_alive=60,
             ),
         )
@@ -220,7 +221,7 @@ def test_a_first_packet_that_is_no_connect_for_us_ends_it(data: bytes, answer: b
     ("connect", "limits", "reason"),
     [
         (Connect(V5, "c", properties=ConnectProperties(authentication_method="X")), Limits(), 0x8C),
-        (Connect(V5, "c", will=Will("w", b"", 2)), Limits(), 0x9B),
+        (Connect(V5, "c", will=Will("w", b"", 2)), Limits(maximum_qos=1), 0x9B),
         (Connect(V5, "c", will=Will("w", b"", 0, True)), Limits(retain_available=False), 0x9A),
         (Connect(V5, "c" * 300), Limits(connect_max_bytes=200), 0x95),
     ],
@@ -337,7 +338,6 @@ def test_properties_reach_the_owner_and_aliases_do_not() -> None:
             Publish("a", b"", properties=PublishProperties(content_type="t" * 200, subscription_identifier=(1,))),
             0x82,
         ),
-        (Publish("a", b"", 2, packet_id=1), 0x9B),
         (Publish("a", bytes(5000), 1, packet_id=1), 0x95),
         (Publish("a", b"", 1), 0x82),
         (Subscribe(1, (Subscription("a/#/b"),)), 0x8F),
@@ -425,12 +425,112 @@ def test_qos_2_and_retain_switched_off_leave_the_shortcut_for_the_checks() -> No
 @BOTH
 def test_qos_2_that_was_never_begun_is_answered_as_not_found(version: int) -> None:
     conn = opened(version)
-    assert conn.receive(wire(version, Pubrel(5), Pubrec(6), Pubcomp(7)), 0.0) == []
+    assert conn.receive(wire(version, Pubrec(6), Pubcomp(7)), 0.0) == []
     reason = 0x92 if version == V5 else 0
-    assert sent(conn) == [Pubcomp(5, reason), Pubrel(6, reason)]
+    assert sent(conn) == [Pubrel(6, reason)]
+    assert conn.receive(wire(version, Pubrel(5)), 0.0) == [Released([5])]
+    conn.pubcomp([5], 0x92)
+    assert sent(conn) == [Pubcomp(5, reason)]
     number = conn.publish("a", b"", 1)
     assert number is not None
     assert failure(conn.receive(wire(version, Pubrec(number)), 0.0)) is Reason.PROTOCOL_ERROR
+
+
+@BOTH
+def test_a_message_of_qos_2_comes_once_is_released_and_leaves_its_place_in_the_window(version: int) -> None:
+    conn = opened(version, Limits(receive_maximum=2))
+    publish = Publish("a", b"x", 2, packet_id=7)
+    assert [m[:5] for m in messages(conn.receive(wire(version, publish), 0.0))] == [("a", 2, False, False, b"\x00\x07")]
+    conn.pubrec([b"\x00\x07"])
+    assert sent(conn) == [Pubrec(7)]
+    # Sent again it is told again: whether it is new only the owner knows. Its place is counted once.
+    again = wire(version, Publish("a", b"x", 2, dup=True, packet_id=7), Publish("a", b"y", 1, packet_id=8))
+    assert [m[1:4:2] for m in messages(conn.receive(again, 0.0))] == [(2, True), (1, False)]
+    assert conn.receive(wire(version, Pubrel(7)), 0.0) == [Released([7])]
+    conn.pubcomp([7])
+    assert sent(conn) == [Pubcomp(7)]
+    assert messages(conn.receive(wire(version, Publish("a", b"z", 2, packet_id=7)), 0.0))
+
+
+def test_a_refused_message_of_qos_2_is_over_and_there_is_room_for_the_next() -> None:
+    conn = opened(V5, Limits(receive_maximum=1))
+    conn.receive(wire(V5, Publish("a", b"", 2, packet_id=1)), 0.0)
+    conn.pubrec([b"\x00\x01"], 0x97)
+    assert sent(conn) == [Pubrec(1, 0x97)]
+    assert messages(conn.receive(wire(V5, Publish("a", b"", 2, packet_id=2)), 0.0))
+    assert failure(conn.receive(wire(V5, Publish("a", b"", 2, packet_id=3)), 0.0)) is Reason.RECEIVE_MAXIMUM_EXCEEDED
+
+
+@BOTH
+def test_our_message_of_qos_2_goes_through_its_four_packets(version: int) -> None:
+    conn = opened(version, Limits(send_window_max=1))
+    assert conn.publish("a", b"x", 2) == 1
+    assert sent(conn) == [Publish("a", b"x", 2, packet_id=1)]
+    assert conn.receive(wire(version, Pubrec(1)), 0.0) == [Received([1], [])]
+    assert conn.window_left == 0
+    conn.pubrel([1])
+    assert sent(conn) == [Pubrel(1)]
+    assert conn.receive(wire(version, Pubrec(1)), 0.0) == []
+    assert conn.receive(wire(version, Pubcomp(1), Pubcomp(1)), 0.0) == [Completed([1])]
+    assert conn.window_left == 1
+
+
+def test_a_pubrec_that_refuses_ends_the_exchange() -> None:
+    conn = opened(V5, Limits(send_window_max=1))
+    conn.publish("a", b"x", 2)
+    assert conn.receive(wire(V5, Pubrec(1, 0x97)), 0.0) == [Received([], [(1, 0x97)])]
+    assert conn.window_left == 1
+
+
+@pytest.mark.parametrize("answer", [Puback(1), Pubcomp(1)])
+def test_a_message_of_qos_2_is_not_finished_by_the_answer_to_another_question(answer: Packet) -> None:
+    conn = opened(V3)
+    conn.publish("a", b"x", 2)
+    assert failure(conn.receive(wire(V3, answer), 0.0)) is Reason.PROTOCOL_ERROR
+
+
+def test_what_an_earlier_connection_left_to_release_takes_its_place_in_the_window() -> None:
+    conn = opened(V5, Limits(send_window_max=2))
+    conn.in_use([1, 2])
+    conn.pubrel([1])
+    assert sent(conn) == [Pubrel(1)]
+    assert conn.publish("a", b"", 1) == 3  # 2 belongs to a message that will be sent again
+    assert conn.publish("a", b"", 1) is None
+    assert conn.receive(wire(V5, Pubcomp(1)), 0.0) == [Completed([1])]
+    assert conn.reserve(1, 2) == 2
+
+
+@BOTH
+def test_packets_of_different_kinds_are_told_in_the_order_they_came(version: int) -> None:
+    conn = opened(version)
+    stream = wire(
+        version,
+        Publish("a", b"1", 2, packet_id=1),
+        Pubrel(1),
+        Publish("a", b"2", 1, packet_id=2),
+        Publish("a", b"3", 2, packet_id=1),
+        Pubrel(1),
+        Pubrel(4),
+    )
+    events = conn.receive(stream, 0.0)
+    assert [type(e) for e in events] == [Publishes, Released, Publishes, Released]
+    assert events[3] == Released([1, 4])
+
+
+def test_a_topic_that_comes_often_is_sent_as_the_alias_the_client_allows() -> None:
+    properties = ConnectProperties(topic_alias_maximum=2)
+    conn = opened(V5, connect=Connect(V5, "c", properties=properties))
+    for topic in ("train/speed", "train/speed", "train/doors", "train/brakes", "train/speed", "abc"):
+        conn.publish(topic, b"", 0)
+    told = [(p.topic, p.properties.topic_alias) for p in sent(conn) if isinstance(p, Publish)]
+    assert told == [
+        ("train/speed", 1),
+        ("", 1),
+        ("train/doors", 2),
+        ("train/brakes", 1),  # in place of the one least lately used
+        ("train/speed", 2),
+        ("abc", None),
+    ]
 
 
 # --------------------------------------------------------------------------------------------- subscribing
@@ -474,11 +574,12 @@ def test_messages_go_out_within_the_window_and_ids_come_back(version: int) -> No
     acks = wire(version, Puback(2), Puback(1), Puback(9), Puback(1))
     assert conn.receive(acks, 0.0) == [Acked([2, 1], [])]
     assert conn.window_left == 2
+    assert conn.reserve(1, 2) == 2
     assert conn.publish("a", b"x", 1, dup=True, packet_id=2) == 2
     assert [conn.publish("a", b"x", 1), conn.publish("a", b"x", 1)] == [4, None]
     conn.receive(wire(version, Puback(3)), 0.0)
     with pytest.raises(AssertionError):
-        conn.publish("a", b"x", 1, packet_id=4)  # still in use
+        conn.reserve(1, 4)  # still in use
 
 
 def test_the_client_s_receive_maximum_bounds_the_window() -> None:
@@ -576,7 +677,8 @@ def test_the_owner_may_close_in_any_state(version: int) -> None:
         lambda conn: conn.refuse(0x87),
         lambda conn: conn.puback([b"\x00\x01"]),
         lambda conn: conn.suback(Subscribe(1, (Subscription("a"),)), []),
-        lambda conn: conn.publish("a", b"", 2),
+        lambda conn: conn.publish("a", b"", 1, packet_id=9),
+        lambda conn: conn.publish("a", b"", 0, dup=True),
     ],
 )
 def test_our_own_mistakes_raise(misuse: Callable[[ServerConnection], object]) -> None:

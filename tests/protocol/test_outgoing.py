@@ -16,6 +16,7 @@ from gateway.amqp.outgoing import RESEND_S_MIN, STUCK_S_MAX, Outgoing
 from gateway.groups import Group
 from gateway.routing import filters_overlap
 from storeforward.journal import Journal
+from storeforward.streams import COLUMNS
 from tests.wire import NOW, Wire
 
 FILTERS = {"local": "#", "alarms": "alarm/#"}
@@ -53,7 +54,11 @@ class Bench:
 
     def commit(self) -> None:
         if self.journal.pending:
-            self.journal.commit_now()
+            self.journal.begin()
+            self.journal.commit()
+            batch = self.journal.committed()
+            for stream, appended in batch.appended.items():
+                self.directory.committed(stream, set(appended.columns[3::COLUMNS]))
 
     def rows(self, table: str, columns: str) -> list[tuple[object, ...]]:
         self.commit()
@@ -242,6 +247,20 @@ def test_a_receiver_is_stuck_only_while_others_wait_for_it(bench: Bench, monkeyp
 
 
 # ------------------------------------------------------------------ the directory
+
+
+def test_who_wants_nothing_of_what_there_is_holds_nothing_up_and_misses_nothing(bench: Bench) -> None:
+    away = bench.directory.subscribe("app", "sub", None, "cab").source
+    [group] = away.groups.values()
+    bench.put("x" * 10, "other")
+    bench.put("x" * 10, "other")
+    bench.directory.housekeeping(NOW)
+    assert group.cursor.position == bench.streams["local"].committed
+    bench.put("a")
+    bench.put("x" * 10, "other")
+    bench.directory.housekeeping(NOW)
+    assert group.cursor.position == 21
+    assert App(bench, away).text() == "a"
 
 
 def test_subscriptions_and_queues_are_there_again_after_a_restart_at_their_place(bench: Bench) -> None:

@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from security.tls import FILE_BYTES_MAX, TLSFileError, client_context, server_context
+from security.identity import certificate_identity
+from security.tls import FILE_BYTES_MAX, TLSFileError, client_context, file_stamp, server_context
 from tests.pki import Pki
 
 ROUNDS_MAX = 20
@@ -110,6 +111,33 @@ def test_a_server_with_a_client_authority_refuses_strangers(pki: Pki, other_pki:
     stranger = client_context(pki.ca, other_pki.client.cert, other_pki.client.key)
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(stranger, server)
+
+
+def test_a_server_may_ask_for_a_certificate_without_insisting(pki: Pki, other_pki: Pki) -> None:
+    server = server_context(pki.server.cert, pki.server.key, pki.ca, "optional")
+    _, listener = handshake(client_context(pki.ca), server)
+    assert certificate_identity(listener.getpeercert()) is None
+    _, listener = handshake(client_context(pki.ca, pki.client.cert, pki.client.key), server)
+    assert certificate_identity(listener.getpeercert()) is not None
+    with pytest.raises(ssl.SSLCertVerificationError):  # one that is shown has to be good
+        handshake(client_context(pki.ca, other_pki.client.cert, other_pki.client.key), server)
+
+
+def test_a_server_that_asks_for_nothing_takes_nobody_s_word(pki: Pki, other_pki: Pki) -> None:
+    server = server_context(pki.server.cert, pki.server.key, pki.ca, "none")
+    _, listener = handshake(client_context(pki.ca, other_pki.client.cert, other_pki.client.key), server)
+    assert certificate_identity(listener.getpeercert()) is None
+
+
+def test_a_file_s_stamp_changes_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    assert file_stamp(path, None) == (None, None)
+    path.write_text("a")
+    first = file_stamp(path)
+    assert first == file_stamp(path)
+    (tmp_path / "b").write_text("b")
+    (tmp_path / "b").rename(path)  # same size, and perhaps the same time: another file all the same
+    assert file_stamp(path) != first
 
 
 def test_a_key_in_the_certificate_s_own_file_will_do(pki: Pki) -> None:

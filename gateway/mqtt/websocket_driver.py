@@ -1,0 +1,175 @@
+"""The asyncio side of MQTT over WebSocket: an MQTT protocol on top sees a plain transport, whatever is below.
+
+Knows nothing of frames or of MQTT. Reads the loop's clock, as only drivers do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from gateway.mqtt.websocket import Closed, Event, Opened, Received, Refused, Rules, State, WebSocketServer
+from gateway.transports import CLOSE_S, Handshakes, peer_name
+
+log = logging.getLogger("lineside.mqtt")
+
+
+class WebSocketProtocol(asyncio.Protocol):
+    """One connection. `make_inner` is called after the handshake; its protocol lives as long as the connection."""
+
+    def __init__(self, make_inner: Callable[[], asyncio.Protocol], rules: Rules, handshakes: Handshakes) -> None:
+        self._make_inner = make_inner
+        self._rules = rules
+        self._handshakes = handshakes
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._inner: asyncio.Protocol | None = None
+        self._outer: WebSocketTransport
+        self._core: WebSocketServer
+        self._congested = False
+        self._peer = "?"
+
+    # -------- asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._peer = peer_name(transport)
+        self._core = WebSocketServer(self._rules, self._loop.time())
+        self._outer = WebSocketTransport(self, transport)
+        if self._handshakes.begin(transport, self._peer):
+            self._set_timer()
+
+    def data_received(self, data: bytes) -> None:
+        self._act(self._core.receive(data, self._loop.time()))
+        self._flush()
+
+    def pause_writing(self) -> None:
+        self._congested = True
+        if self._inner is not None:
+            self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._congested = False
+        if self._inner is not None:
+            self._inner.resume_writing()
+        self._flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._handshakes.end(self._outer.below)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._inner is not None:
+            self._inner.connection_lost(exc)
+
+    # -------- the inner protocol's side, through its transport
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._core.state is State.OPEN and data:
+            self._core.send(data)
+            self._flush()
+
+    def close(self) -> None:
+        """Say Close; the connection goes with the peer's answer, or without it after CLOSE_WAIT_S."""
+        self._core.close(self._loop.time())
+        self._set_timer()
+        below = self._outer.below
+        if not below.is_closing():
+            below.resume_reading()  # the answer comes behind whatever the inner protocol did not want to read
+        self._flush()
+
+    @property
+    def closing(self) -> bool:
+        return self._core.state is not State.OPEN
+
+    # -------- within
+
+    def _act(self, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case Received(data):
+                    assert self._inner is not None
+                    self._inner.data_received(data)
+                case Opened():
+                    self._handshakes.end(self._outer.below)
+                    self._stop_timer()
+                    self._inner = self._make_inner()
+                    self._inner.connection_made(self._outer)
+                    if self._congested:
+                        self._inner.pause_writing()
+                case Refused(status, why):
+                    log.warning("websocket refused", extra={"peer": self._peer, "status": status, "error": why})
+                case Closed(code, reason, clean):
+                    if not clean:
+                        log.warning("websocket failed", extra={"peer": self._peer, "code": code, "error": reason})
+
+    def _flush(self) -> None:
+        below = self._outer.below
+        if below.is_closing():
+            return
+        data = self._core.data_to_send(congested=self._congested)
+        if data:
+            below.write(data)
+        if self._core.state is State.CLOSED:
+            below.close()
+            # What a peer that reads nothing has not taken by then is given up.
+            self._stop_timer()
+            self._timer = self._loop.call_later(CLOSE_S, below.abort)
+
+    def _set_timer(self) -> None:
+        self._stop_timer()
+        if self._core.deadline is not None:
+            self._timer = self._loop.call_at(self._core.deadline, self._tick)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._act(self._core.tick(self._loop.time()))
+        if self._core.state is not State.CLOSED:  # a timer may run a moment early
+            self._set_timer()
+        self._flush()
+
+
+class WebSocketTransport(asyncio.Transport):
+    """What the inner protocol writes to. `below` is the transport beneath, of TCP or TLS."""
+
+    def __init__(self, protocol: WebSocketProtocol, below: asyncio.Transport) -> None:
+        super().__init__()
+        self._protocol = protocol
+        self.below = below
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._protocol.write(data)
+
+    def close(self) -> None:
+        if not self.is_closing():
+            self._protocol.close()
+
+    def abort(self) -> None:
+        self.below.abort()
+
+    def is_closing(self) -> bool:
+        return self._protocol.closing or self.below.is_closing()
+
+    def is_reading(self) -> bool:
+        return self.below.is_reading()
+
+    def pause_reading(self) -> None:
+        self.below.pause_reading()
+
+    def resume_reading(self) -> None:
+        self.below.resume_reading()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self.below.set_write_buffer_limits(high, low)
+
+    def get_write_buffer_size(self) -> int:
+        return self.below.get_write_buffer_size()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self.below.get_extra_info(name, default)

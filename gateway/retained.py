@@ -1,0 +1,123 @@
+"""Retained messages: the last one of each topic, in the journal; in memory only what a subscription has to look at.
+
+A retained message is stored with the commit that holds the message itself, and known here once that commit is on disk.
+Knows no session and no socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from zlib import crc32
+
+from gateway.mqtt.topics import filter_matches
+from storeforward.errors import JournalFull
+from storeforward.journal import Journal
+
+
+@dataclass(frozen=True, slots=True)
+class Retained:
+    """`stream`, `seq`: where the same message stands for those who were subscribed; seq None if nowhere."""
+
+    topic: str
+    qos: int
+    expires_age_us: int | None
+    stream: str
+    seq: int | None
+    size: int
+
+
+class RetainedStore:
+    """Bounded by `messages_max`: a topic beyond it is not retained, which the caller enters in the ledger."""
+
+    def __init__(self, journal: Journal, messages_max: int) -> None:
+        self.journal = journal
+        self.messages_max = messages_max
+        self._by_topic: dict[str, Retained] = {}
+        # As `_by_topic` will be when all that is staged is on disk.
+        self._staged: dict[str, Retained | None] = {}
+        for topic, qos, expires, stream, seq, size in journal.query(
+            "SELECT topic, qos, expires_age_us, stream, seq, length(body) FROM retained"
+        ):
+            self._by_topic[topic] = Retained(topic, qos, expires, stream, seq, size)
+
+    def __len__(self) -> int:
+        return len(self._by_topic)
+
+    def full_for(self, topic: str) -> bool:
+        return len(self._by_topic) + len(self._staged) >= self.messages_max and topic not in self._by_topic
+
+    def set(self, message: Retained, body: bytes) -> None:
+        """Retain `body` with the batch that is pending; an empty payload is the caller's to `clear`."""
+        self.journal.execute_with_rows(
+            "INSERT OR REPLACE INTO retained (topic, qos, time_us, expires_age_us, stream, seq, crc, body) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                message.topic,
+                message.qos,
+                self.journal.wall_us,
+                message.expires_age_us,
+                message.stream,
+                message.seq,
+                crc32(body),
+                body,
+            ),
+        )
+        self._stage(message.topic, message)
+
+    def clear(self, topic: str) -> None:
+        """Forget what is retained for a topic (MQTT 5.0 §3.3.1.3)."""
+        if topic in self._by_topic or topic in self._staged:
+            self.journal.execute_with_rows("DELETE FROM retained WHERE topic = ?", (topic,))
+            self._stage(topic, None)
+
+    def _stage(self, topic: str, message: Retained | None) -> None:
+        self._staged[topic] = message
+        self.journal.wait(self, (topic, message))
+
+    def committed(self, tokens: list[tuple[str, Retained | None]]) -> None:
+        for topic, message in tokens:
+            if message is None:
+                self._by_topic.pop(topic, None)
+            else:
+                self._by_topic[topic] = message
+            if self._staged.get(topic) is message:
+                self._staged.pop(topic, None)
+
+    def failed(self, tokens: list[tuple[str, Retained | None]], error: JournalFull) -> None:
+        """What was staged with messages that did not come through never was."""
+        for topic, message in tokens:
+            if self._staged.get(topic) is message:
+                self._staged.pop(topic, None)
+
+    def matching(self, filter: str, age_us: int) -> Iterator[Retained]:
+        """What a subscription to `filter` is to be given, in the order it was retained first."""
+        if "+" not in filter and "#" not in filter:
+            one = self._by_topic.get(filter)
+            found = [] if one is None else [one]
+        else:
+            found = [m for m in self._by_topic.values() if filter_matches(filter, m.topic)]
+        return (m for m in found if m.expires_age_us is None or m.expires_age_us > age_us)
+
+    def get(self, topic: str) -> Retained | None:
+        return self._by_topic.get(topic)
+
+    def body(self, topic: str) -> bytes | None:
+        """The message as it was encoded; None if it is gone or does not read, which is then in the ledger."""
+        rows = self.journal.query("SELECT crc, body FROM retained WHERE topic = ?", (topic,))
+        if not rows:
+            return None
+        crc, body = rows[0]
+        if crc32(body) != crc:
+            self.journal.lose("retained", 0, "corrupt", len(body), topic)
+            self.clear(topic)
+            return None
+        return bytes(body)
+
+    def expire(self, age_us: int) -> int:
+        """Forget what has expired; return how many that were. Its subscribers had it in its time: no loss."""
+        over = [t for t, m in self._by_topic.items() if m.expires_age_us is not None and m.expires_age_us <= age_us]
+        for topic in over:
+            del self._by_topic[topic]
+            self.journal.execute("DELETE FROM retained WHERE topic = ? AND expires_age_us <= ?", (topic, age_us))
+        return len(over)

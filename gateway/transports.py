@@ -1,0 +1,224 @@
+"""How a connection gets from `listen` to its protocol: over TCP or a Unix socket, through TLS with fresh certificates.
+
+Knows nothing of what is spoken on top.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import ssl
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gateway.config_values import Listen
+from security.tls import ClientCert, TLSFileError, file_stamp, server_context
+
+log = logging.getLogger("lineside.listen")
+
+HANDSHAKE_S: Final = 10.0
+CLOSE_S: Final = 2.0
+BACKLOG: Final = 1024
+EARLY_BYTES_MAX: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """Where a listener's certificate is, and whom of its clients it asks for theirs."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+    client_cert: ClientCert = "none"
+
+
+class ServerTls:
+    """The TLS context of a listener's next handshake. Raises TLSFileError if there is none to begin with.
+
+    Whenever the files have changed they are read again; while they can't be used (a certificate is replaced before its
+    key, say) the last good ones stay. Connections that are up keep what they began with.
+    """
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+        self._seen = self._stamp()
+        self._context = self._read()
+
+    def context(self) -> ssl.SSLContext:
+        """The one to use now. A few `stat` calls, unless something has changed."""
+        stamp = self._stamp()
+        if stamp != self._seen:
+            self._seen = stamp
+            self.renew()
+        return self._context
+
+    def renew(self) -> None:
+        """Read the files again, or keep what there is and say why."""
+        try:
+            self._context = self._read()
+        except TLSFileError as error:
+            log.error("certificate not taken; the old one stays", extra={"error": str(error)})
+        else:
+            log.info("certificate read again", extra={"file": str(self._files.cert)})
+
+    def _stamp(self) -> tuple[object, ...]:
+        files = self._files
+        return file_stamp(files.cert, files.key, files.client_ca)
+
+    def _read(self) -> ssl.SSLContext:
+        files = self._files
+        return server_context(files.cert, files.key, files.client_ca, files.client_cert)
+
+
+class Handshakes:
+    """The connections that have not got to their protocol yet: how many there may be, and their end at a stop."""
+
+    def __init__(self, handshakes_max: int) -> None:
+        self.handshakes_max = handshakes_max
+        self._pending: set[asyncio.Transport] = set()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def begin(self, transport: asyncio.Transport, peer: str) -> bool:
+        """Count one more; False, and the connection is gone, where that is one too many."""
+        if len(self._pending) >= self.handshakes_max:
+            log.warning("connection refused: too many handshakes", extra={"peer": peer})
+            transport.abort()
+            return False
+        self._pending.add(transport)
+        return True
+
+    def end(self, transport: asyncio.Transport) -> None:
+        self._pending.discard(transport)
+
+    def stop(self) -> None:
+        for transport in list(self._pending):
+            transport.abort()
+
+
+class TlsGate(asyncio.Protocol):
+    """Takes an accepted connection through its TLS handshake, then hands it to the protocol of `factory`.
+
+    Instead of `create_server(ssl=...)`, which says nothing of a handshake that fails, and keeps one context for ever.
+    """
+
+    def __init__(
+        self, factory: Callable[[], asyncio.BaseProtocol], tls: ServerTls, listen: Listen, handshakes: Handshakes
+    ) -> None:
+        self._factory = factory
+        self._tls = tls
+        self._listen = listen
+        self._handshakes = handshakes
+        self._loop = asyncio.get_running_loop()
+        self._early = bytearray()
+        self._lost = False
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.pause_reading()  # the first byte is for the handshake
+        peer = peer_name(transport)
+        if self._handshakes.begin(transport, peer):
+            self._task = self._loop.create_task(self._shake_hands(transport, peer))
+
+    def data_received(self, data: bytes) -> None:
+        """What came with the end of the handshake, before its news reached us."""
+        self._early += data
+        assert len(self._early) <= EARLY_BYTES_MAX
+
+    def eof_received(self) -> None:
+        return None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+
+    async def _shake_hands(self, raw: asyncio.Transport, peer: str) -> None:
+        try:
+            tls = await self._loop.start_tls(
+                raw,
+                self,
+                self._tls.context(),
+                server_side=True,
+                ssl_handshake_timeout=HANDSHAKE_S,
+                ssl_shutdown_timeout=CLOSE_S,
+            )
+        except OSError as error:  # ssl.SSLError is one
+            where = {"peer": peer, "address": str(self._listen), "error": _handshake_fault(error)}
+            log.warning("tls handshake failed", extra=where)
+            raw.abort()
+            return
+        finally:
+            self._handshakes.end(raw)
+        if tls is None or self._lost:
+            return
+        try:
+            self._hand_over(tls)
+        except Exception:  # as asyncio does where a protocol's callback fails: only its connection pays
+            log.exception("connection failed at its begin", extra={"peer": peer})
+            tls.abort()
+
+    def _hand_over(self, tls: asyncio.Transport) -> None:
+        protocol = self._factory()
+        tls.set_protocol(protocol)
+        protocol.connection_made(tls)
+        if self._early and isinstance(protocol, asyncio.Protocol) and not tls.is_closing():
+            protocol.data_received(bytes(self._early))
+        self._early.clear()
+
+
+def _handshake_fault(error: OSError) -> str:
+    """What went wrong, for people."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the client's certificate is not accepted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        return {
+            "peer did not return a certificate": "the client showed no certificate, and client_cert asks for one",
+            "http request": "the client spoke HTTP without TLS",
+            "wrong version number": "the client spoke no TLS",
+        }.get(reason, reason)
+    if isinstance(error, ConnectionAbortedError):
+        return f"no handshake within {HANDSHAKE_S:g} s"
+    return error.strerror or "the client closed the connection"
+
+
+def peer_name(transport: asyncio.BaseTransport) -> str:
+    """The other end of a connection, for logs."""
+    peer = transport.get_extra_info("peername")
+    return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
+
+
+async def open_server(
+    factory: Callable[[], asyncio.BaseProtocol],
+    listen: Listen,
+    handshakes: Handshakes,
+    tls: ServerTls | None = None,
+) -> asyncio.Server:
+    """Listen, and give every connection a protocol of `factory`, after TLS if `listen` asks for it. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    if listen.path:
+        _clear_socket(listen.path)
+        return await loop.create_unix_server(factory, listen.path)
+    if listen.tls:
+        assert tls is not None
+        context = tls
+
+        def gate() -> asyncio.BaseProtocol:
+            return TlsGate(factory, context, listen, handshakes)
+
+        return await loop.create_server(gate, listen.host, listen.port, backlog=BACKLOG)
+    return await loop.create_server(factory, listen.host, listen.port, backlog=BACKLOG)
+
+
+def _clear_socket(path: str) -> None:
+    """A Unix socket that a killed daemon left behind must not keep this one from starting; other files stay."""
+    try:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
