@@ -646,7 +646,8 @@ class Peer:
             "peer": self.address,
             "version": "AMQP 1.0",
             "user": owner_of(self._identity),
-            "links": _counted(lines.items()),
+            "links": lines.total(),
+            "addresses": _counted(lines.items()),
             "held": sum(i.held for i in self._incoming.values()),
         }
 

@@ -281,7 +281,7 @@ def test_a_receiver_that_never_settles_gets_its_window_and_holds_up_nobody(gatew
     bad.turn()
     assert len(bad.received()) == 200  # a window on each link, and no more
     [listed] = [c for c in request(gateway.state, "clients")["clients"] if c["client"] == "bad"]
-    assert listed["links"] == ["receives from queue jobs", "receives from topic good"]
+    assert listed["addresses"] == ["receives from queue jobs", "receives from topic good"]
 
 
 def test_a_client_that_falls_silent_is_closed_after_the_idle_timeout(gateway: Gateway, bad: App) -> None:
