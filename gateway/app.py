@@ -15,12 +15,13 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gateway
 from gateway import sys_topics
 from gateway.access import Access
 from gateway.amqp.listener import AmqpListener
+from gateway.bridge_flow import release
 from gateway.broker import Broker
 from gateway.committer import Committer
 from gateway.config import Amqp, Config, Listen, Mqtt, load
@@ -36,8 +37,11 @@ from gateway.uplink import netlink
 from gateway.uplink.hub import HubLink
 from security.tls import TLSFileError
 from storeforward import maintenance
-from storeforward.errors import JournalError
+from storeforward.errors import JournalError, JournalFull
 from storeforward.journal import Batch, Journal
+
+if TYPE_CHECKING:
+    from gateway.bridge import Bridge
 
 log = logging.getLogger("lineside")
 
@@ -68,6 +72,7 @@ class App:
         self._hubs: list[HubLink] = []
         self._mqtt: MqttListener | None = None
         self._amqp: AmqpListener | None = None
+        self._bridge: Bridge | None = None
         self._netlink: socket.socket | None = None
         self._rates = (0.0, 0.0)
         self._counted = (0, 0)
@@ -95,6 +100,7 @@ class App:
         self.committer = Committer(self.journal, self._loop, self._committed, self._fatal)
         await self._listen()
         self._start_hubs()
+        self._start_bridge()
         self._netlink = netlink.open_socket()
         if self._netlink is not None:
             self._loop.add_reader(self._netlink, self._network)
@@ -195,6 +201,17 @@ class App:
             self._hubs.append(link)
             link.start()
 
+    def _start_bridge(self) -> None:
+        self._bridge = None
+        if self.config.bridge is None:
+            for name in release(self.journal):
+                log.info("no bridge any more: it holds no messages", extra={"stream": name})
+            return
+        from gateway.bridge import Bridge  # paho is memory that a gateway without a bridge need not spend
+
+        self._bridge = Bridge(self.config, self.broker, self.committer.kick)
+        self._bridge.start()
+
     # ------------------------------------------------------------------ running
 
     def _committed(self, batch: Batch) -> None:
@@ -203,6 +220,8 @@ class App:
             hub.committed()
         if self._amqp is not None:
             self._amqp.committed(batch)
+        if self._bridge is not None:
+            self._bridge.committed()
 
     def _fatal(self, error: JournalError) -> None:
         log.critical("the journal can't go on", extra={"error": str(error)})
@@ -214,6 +233,8 @@ class App:
         if netlink.drain(self._netlink):
             for hub in self._hubs:
                 hub.network_changed()
+            if self._bridge is not None:
+                self._bridge.network_changed()
 
     def _housekeeping(self) -> None:
         self.broker.run_due()
@@ -222,8 +243,6 @@ class App:
             self._amqp.housekeeping()
         self.broker.retained.expire(self.journal.age_us())
         self.journal.reclaim()
-        if self.journal.disk_full:
-            self.journal.pending.touched[self.broker.local] = None  # every commit also looks for space
         if self.journal.pending:
             self.committer.kick()
         self._loop.call_later(HOUSEKEEPING_S, self._housekeeping)
@@ -250,7 +269,7 @@ class App:
             self._loop.call_later(self.config.mqtt.sys_interval_s, self._publish_sys)
 
     def _measure(self) -> None:
-        received = sum(each.received for each in (self._mqtt, self._amqp) if each is not None)
+        received = sum(each.received for each in (self._mqtt, self._amqp, self._bridge) if each is not None)
         settled = sum(h.settled for h in self._hubs)
         self._rates = (received - self._counted[0]) / RATE_S, (settled - self._counted[1]) / RATE_S
         self._counted = received, settled
@@ -301,6 +320,12 @@ class App:
                 hub.stop()
             self._hubs.clear()
             self._start_hubs()
+        bridged = (old.bridge, old.bridge_topics, old.inbound) != (config.bridge, config.bridge_topics, config.inbound)
+        if bridged:
+            if self._bridge is not None:
+                self._bridge.stop()
+                self._counted = self._counted[0] - self._bridge.received, self._counted[1]
+            self._start_bridge()
         self.committer.kick()
 
     # ------------------------------------------------------------------ down
@@ -313,6 +338,8 @@ class App:
             server.close()
         for handshakes in self._handshakes:
             handshakes.stop()
+        if self._bridge is not None:
+            self._bridge.stop()
         failed = self._error is not None
         if not failed:
             try:
@@ -320,6 +347,8 @@ class App:
                     await self.committer.drain()  # who waits for an acknowledgement gets it
             except TimeoutError:
                 log.error("the disk is too slow to finish the last commit in time")
+        if self._bridge is not None:
+            await self._bridge.stopped()
         if self._mqtt is not None:
             self._mqtt.stop()
         if self._amqp is not None:
@@ -342,7 +371,10 @@ class App:
         if failed:
             log.critical("stopped by a journal error; the next start deals with it", extra={"error": str(self._error)})
             return 1
-        self.journal.close()
+        try:
+            self.journal.close()
+        except JournalFull as error:
+            log.error("the last cursors were not stored; some messages go again", extra={"error": error.reason})
         log.info("stopped")
         return 0
 
@@ -369,6 +401,7 @@ class App:
                 "received": self._mqtt.received if self._mqtt else 0,
                 "sent": self._mqtt.sent if self._mqtt else 0,
             },
+            "bridge": self._bridge.describe() if self._bridge is not None else None,
             "hubs": [h.describe() for h in self._hubs],
             "streams": [
                 {

@@ -37,9 +37,11 @@ from gateway.config_values import (
     ALLOW_PLAINTEXT,
     LISTEN_DEFAULT,
     PLACEHOLDER,
+    BrokerUrl,
     HubUrl,
     Listen,
     fill,
+    parse_broker_url,
     parse_duration,
     parse_hub_url,
     parse_listen,
@@ -56,6 +58,8 @@ __all__ = [
     "Access",
     "Address",
     "Amqp",
+    "Bridge",
+    "BrokerUrl",
     "Config",
     "ConfigErrors",
     "Gateway",
@@ -199,6 +203,15 @@ def _check_url(value: object) -> HubUrl:
         raise _from_value_error(error) from None
 
 
+def _check_broker_url(value: object) -> BrokerUrl:
+    if not isinstance(value, str):
+        raise _wrong("a URL", '"mqtt://127.0.0.1:1883"')
+    try:
+        return parse_broker_url(value)
+    except ValueError as error:
+        raise _from_value_error(error) from None
+
+
 def _check_who(value: object) -> Who:
     try:
         return parse_who(value)
@@ -334,6 +347,35 @@ class Hub(_Table):
     retry_max_s: Annotated[float, _seconds(0.01, 3600)] = Field(default=30.0, alias="retry_max", examples=["30s"])
 
 
+class Bridge(_Table):
+    """`[bridge]`: a broker that is already there; apps speak to it, and this gateway is its client."""
+
+    url: Annotated[BrokerUrl, BeforeValidator(_check_broker_url)] = Field(
+        description="where the broker listens", examples=["mqtt://127.0.0.1:1883"]
+    )
+    version: Literal["5.0", "3.1.1"] = "5.0"
+    client_id: Annotated[str, _template("gateway")] = Field(
+        default="lineside-{gateway}", max_length=1024, examples=["lineside-{gateway}"]
+    )
+    topics: tuple[TopicFilter, ...] | None = Field(default=None, min_length=1, max_length=1000, examples=[["alarm/#"]])
+    user: str | None = Field(default=None, min_length=1, max_length=255, examples=["lineside"])
+    password_file: FilePath | None = Field(default=None, examples=["/etc/lineside/bridge.password"])
+    ca: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/ca.pem"])
+    cert: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.pem"])
+    key: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.key"])
+    allow_plaintext: Plaintext = False
+    window: Annotated[StrictInt, Field(ge=1, le=65535)] = 1000
+    keep_alive_s: Annotated[float, _seconds(1, 65535)] = Field(default=20.0, alias="keep_alive", examples=["20s"])
+    session_expiry_s: Annotated[float, _seconds(60, 4294967294)] | None = Field(
+        default=None, alias="session_expiry", examples=["30d"]
+    )
+    connect_timeout_s: Timeout = Field(default=10.0, alias="connect_timeout", examples=["10s"])
+
+    def client_id_for(self, gateway: str) -> str:
+        """The client identifier with its placeholder filled."""
+        return fill(self.client_id, gateway=gateway)
+
+
 class Outbound(_Table):
     """`[[outbound]]`: topics that are journaled in one stream and forwarded to one address."""
 
@@ -424,6 +466,7 @@ class Config(_Table):
     gateway: Gateway = Field(description="a [gateway] table", examples=[{}])
     mqtt: Mqtt | None = None
     amqp: Amqp | None = None
+    bridge: Bridge | None = None
     hubs: tuple[Hub, ...] = Field(default=(), alias="hub", max_length=100)
     outbound: tuple[Outbound, ...] = ()
     inbound: tuple[Inbound, ...] = ()
@@ -439,6 +482,15 @@ class Config(_Table):
         if table.allow_anonymous is not None or not (self.access or table.password_file):
             return table.allow_anonymous
         return False
+
+    @property
+    def bridge_topics(self) -> tuple[str, ...]:
+        """What the bridge reads from its broker: its own `topics`, else those of every outbound stream."""
+        if self.bridge is None:
+            return ()
+        if self.bridge.topics is not None:
+            return self.bridge.topics
+        return tuple(dict.fromkeys(topic for each in self.outbound for topic in each.topics))
 
     def hub(self, name: str) -> Hub:
         """The hub of that name; every stream's hub exists in a Config that `load` returned."""
@@ -506,6 +558,7 @@ def explain(config: Config) -> list[str]:
         lines.append(f"note: synchronous = {gateway.synchronous}: a power cut may take acknowledged messages")
     lines += _explain_listeners(config)
     lines += _explain_access(config)
+    lines += _explain_bridge(config)
     for hub in config.hubs:
         lines += _explain_hub(hub)
     for outbound in config.outbound:
@@ -546,7 +599,7 @@ def _explain_listeners(config: Config) -> list[str]:
         where = ", ".join(str(listen) for listen in config.amqp.listen)
         lines.append(f"AMQP on {where}: at most {config.amqp.connections_max} connections")
         lines += _explain_tls("AMQP", config.amqp, config.amqp.listen)
-    if not lines:
+    if not lines and config.bridge is None:
         lines.append("note: nothing listens, so no app can reach this gateway: add [mqtt]")
     return lines
 
@@ -594,6 +647,31 @@ def _explain_tls(what: str, listener: _Listener, listens: tuple[Listen, ...]) ->
         lines.append(f"note: {what} has a cert and no address with TLS to use it on")
     if not all(listen.loopback or listen.tls for listen in listens):
         lines.append(f"note: {what} without TLS can be reached from other machines")
+    return lines
+
+
+def _explain_bridge(config: Config) -> list[str]:
+    bridge = config.bridge
+    if bridge is None:
+        return []
+    reads = ", ".join(config.bridge_topics) or "nothing"
+    writes = ", ".join(each.stream for each in config.inbound) or "nothing"
+    expiry = "never expires" if bridge.session_expiry_s is None else f"lasts {show_duration(bridge.session_expiry_s)}"
+    who = f"as user {bridge.user}" if bridge.user else "with its certificate" if bridge.cert else "anonymously"
+    lines = [
+        f"bridge to the broker at {bridge.url} over MQTT {bridge.version} {who}, client identifier "
+        f"{bridge.client_id_for(config.gateway.id)}, with a session that {expiry}: reads {reads}; publishes the "
+        f"inbound streams ({writes}); at most {bridge.window} messages unacknowledged each way",
+        "note: what that broker has acknowledged and not yet handed over is as safe as it keeps it: see its own "
+        "persistence settings",
+    ]
+    if not bridge.url.tls and not bridge.url.loopback:
+        lines.append("note: the bridge's broker is reached without TLS")
+    if bridge.url.tls and bridge.ca is None:
+        lines.append("note: the bridge's broker is trusted by the system's certificate authorities, as ca is not set")
+    for path in (bridge.key, bridge.password_file):
+        if path is not None and _readable_by_all(path):
+            lines.append(f"note: {path} can be read by every user: chmod 640 {path}")
     return lines
 
 

@@ -23,9 +23,12 @@ from gateway.config_values import (
     ACCEPT_LOSS,
     ALLOW_PLAINTEXT,
     LISTEN_DEFAULT,
+    PLACEHOLDER,
     TLS_SCHEME,
+    BrokerUrl,
     HubUrl,
     Listen,
+    parse_broker_url,
     parse_duration,
     parse_hub_url,
     parse_listen,
@@ -66,6 +69,7 @@ def check_all(raw: Mapping[str, Any], base: Path, report: Report, *, check_files
     _check_gateway(raw, report)
     _check_listeners(raw, base, report, check_files)
     _check_hubs(raw, base, report, check_files)
+    _check_bridge(raw, base, report, check_files)
     _check_streams(raw, report)
     _check_access(raw, report)
     if check_files:
@@ -163,15 +167,7 @@ def _check_hub_urls(number: int, hub: Mapping[str, Any], report: Report) -> None
 
 def _check_hub_credentials(number: int, hub: Mapping[str, Any], report: Report) -> None:
     here: KeyPath = ("hub", number)
-    for key, other in (
-        ("cert", "key"),
-        ("key", "cert"),
-        ("user", "password_file"),
-        ("password_file", "user"),
-    ):
-        if key in hub and other not in hub:
-            example = report.example((*here, other))
-            report.add((*here, other), f"it beside `{key}`", example, missing=True)
+    _check_pairs(here, hub, report)
     sasl = hub.get("sasl", "auto")
     if sasl == "plain" and "user" not in hub:
         report.add((*here, "sasl"), "`user` and `password_file` beside it", 'sasl = "auto", or add both')
@@ -183,6 +179,88 @@ def _check_hub_credentials(number: int, hub: Mapping[str, Any], report: Report) 
             if url and not url.tls:
                 secure = str(HubUrl(True, url.host, 5671 if url.port == 5672 else url.port))
                 report.add((*here, "urls", index), 'amqps://, as sasl = "external" needs TLS', json.dumps(secure))
+
+
+def _check_pairs(here: KeyPath, table: Mapping[str, Any], report: Report) -> None:
+    """A certificate goes with its key, a user with a password."""
+    for key, other in (
+        ("cert", "key"),
+        ("key", "cert"),
+        ("user", "password_file"),
+        ("password_file", "user"),
+    ):
+        if key in table and other not in table:
+            example = report.example((*here, other))
+            report.add((*here, other), f"it beside `{key}`", example, missing=True)
+
+
+def _check_bridge(raw: Mapping[str, Any], base: Path, report: Report, check_files: bool) -> None:
+    bridge = _table(raw, "bridge")
+    if not bridge:
+        return
+    _check_pairs(("bridge",), bridge, report)
+    if check_files:
+        _check_files(("bridge",), bridge, ("ca", "cert", "key", "password_file"), base, report)
+    text = bridge.get("url")
+    url = _tried(parse_broker_url, text) if isinstance(text, str) else None
+    if url is not None:
+        _check_bridge_url(url, bridge, raw, report)
+    _check_bridge_loop(bridge, raw, report)
+
+
+def _check_bridge_url(url: BrokerUrl, bridge: Mapping[str, Any], raw: Mapping[str, Any], report: Report) -> None:
+    loc: KeyPath = ("bridge", "url")
+    if not url.tls and not url.loopback:
+        secure = json.dumps(str(BrokerUrl(True, url.host, 8883 if url.port == 1883 else url.port)))
+        if bridge.get("user") is not None:
+            report.add(loc, "mqtts://, as a password would travel in clear text", assign(loc, secure))
+        elif bridge.get("allow_plaintext") != ALLOW_PLAINTEXT:
+            words = f"add allow_plaintext = {json.dumps(ALLOW_PLAINTEXT)} to [bridge]"
+            report.add(loc, "mqtts:// for a broker that is not on this machine", f"{assign(loc, secure)}, or {words}")
+    if "mqtt" in raw:
+        there = Listen(url.host, url.port, url.path)
+        default = [LISTEN_DEFAULT["mqtt"]]
+        for number, text in _strings(_table(raw, "mqtt").get("listen", default)):
+            listen = _tried(parse_listen, text)
+            if listen is not None and listen.overlaps(there):
+                own = f"another broker's address, not our own mqtt.listen[{number}]"
+                report.add(loc, own, "the other broker's address, or no [mqtt] table")
+
+
+def _check_bridge_loop(bridge: Mapping[str, Any], raw: Mapping[str, Any], report: Report) -> None:
+    """A client of MQTT 3.1.1 gets back what it publishes itself, if it reads those topics: it would go in circles."""
+    if bridge.get("version", "5.0") != "3.1.1":
+        return
+    from gateway.routing import filters_overlap  # it imports the models, which import these rules
+
+    if "topics" in bridge:
+        read: list[tuple[KeyPath, str]] = [
+            (("bridge", "topics", index), each) for index, each in _strings(bridge["topics"])
+        ]
+    else:
+        read = [
+            (("outbound", number, "topics", index), each)
+            for number, table in _tables(raw, "outbound")
+            for index, each in _strings(table.get("topics"))
+        ]
+    gateway = _table(raw, "gateway").get("id")
+    for number, table in _tables(raw, "inbound"):
+        topic = table.get("topic")
+        if not isinstance(topic, str):
+            continue
+        written = _topic_range(topic.replace("{gateway}", gateway if isinstance(gateway, str) else "+"))
+        for loc, each in read:
+            if filters_overlap(each, written):
+                back = f"inbound[{number}].topic ({topic})"
+                expected = f"a filter that does not take {back}, or it comes back, as 3.1.1 has no 'no local'"
+                report.add(loc, expected, 'another filter, or version = "5.0" under [bridge]')
+
+
+def _topic_range(template: str) -> str:
+    """A filter for every topic that a template can become: a value may hold any number of levels."""
+    levels = template.split("/")
+    filled = next((n for n, level in enumerate(levels) if PLACEHOLDER.search(level)), None)
+    return template if filled is None else "/".join([*levels[:filled], "#"])
 
 
 _PEM_MARKS = {

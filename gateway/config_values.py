@@ -249,6 +249,52 @@ class HubUrl:
         return f"{'amqps' if self.tls else 'amqp'}://{host}:{self.port}"
 
 
+@dataclass(frozen=True, slots=True)
+class BrokerUrl:
+    """Where another MQTT broker listens: host and port, or the path of a Unix socket (then host is empty, port 0)."""
+
+    tls: bool
+    host: str
+    port: int
+    path: str = ""
+
+    @property
+    def loopback(self) -> bool:
+        return bool(self.path) or is_loopback(self.host)
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
+
+
+def parse_broker_url(text: str) -> BrokerUrl:
+    """Read "mqtt://host[:port]", "mqtts://host[:port]" or "unix:/path". Raises ValueError(expected, what to write)."""
+    if text.startswith("unix:"):
+        return BrokerUrl(False, "", 0, parse_listen(text).path)
+    if "://" not in text:
+        raise ValueError("a URL that begins with mqtt://, mqtts:// or unix:", f"mqtt://{text}" if text else "")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise ValueError("mqtt://host:port") from None
+    if parts.scheme not in ("mqtt", "mqtts"):
+        raise ValueError("the scheme mqtt or mqtts", f"mqtt://{parts.netloc.rpartition('@')[2]}")
+    tls = parts.scheme == "mqtts"
+    if not parts.hostname or not parts.hostname.isprintable() or " " in parts.hostname:
+        raise ValueError("a host name or address after ://", f"{parts.scheme}://127.0.0.1")
+    url = BrokerUrl(tls, parts.hostname, port if port is not None else (8883 if tls else 1883))
+    if parts.username is not None:
+        raise ValueError("no user in the URL, but in `user` and `password_file`", str(url))
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError("nothing after host and port", str(url))
+    if url.port == 0:
+        raise ValueError("a port from 1 to 65535", str(BrokerUrl(tls, url.host, 8883 if tls else 1883)))
+    return url
+
+
 def parse_hub_url(text: str) -> HubUrl:
     """Read "amqps://host[:port]" or "amqp://host[:port]". Raises ValueError(expected, what to write)."""
     if "://" not in text:

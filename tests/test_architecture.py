@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"asyncio", "socket", "socketserver", "selectors", "ssl"}
 PURE = [
+    "gateway/bridge_flow.py",
     "gateway/mqtt/codec.py",
     "gateway/mqtt/connection.py",
     "gateway/mqtt/topics.py",
@@ -79,7 +80,13 @@ def test_a_protocol_core_has_no_socket_no_loop_and_no_clock(name: str) -> None:
 
 @pytest.mark.parametrize("name", PURE)
 def test_a_protocol_core_imports_no_driver(name: str) -> None:
-    drivers = {"gateway.amqp.driver", "gateway.amqp.listener", "gateway.mqtt.listener", "gateway.uplink.hub"}
+    drivers = {
+        "gateway.amqp.driver",
+        "gateway.amqp.listener",
+        "gateway.bridge",
+        "gateway.mqtt.listener",
+        "gateway.uplink.hub",
+    }
     assert not imports(ROOT / name) & drivers
 
 

@@ -100,11 +100,36 @@ def _print_status(answer: Mapping[str, Any]) -> None:
     width = max(len(name) for name, _ in facts) + 2
     for name, fact in facts:
         click.echo(f"{name + ':':{width}}{safe(fact)}")
+    if answer.get("bridge"):
+        _print_bridge(answer["bridge"])
     if answer.get("hubs"):
         click.echo()
         print_table(["hub", "state", "since", "url", "error", "retry in"], [_hub_row(h) for h in answer["hubs"]])
     click.echo()
     _print_streams(answer.get("streams") or [])
+
+
+def _print_bridge(bridge: Mapping[str, Any]) -> None:
+    state = str(bridge.get("state"))
+    if bridge.get("held"):
+        state += ", held: a stream is full"
+    click.echo()
+    print_table(
+        ["bridge", "state", "since", "error", "retry in", ">received", ">unacknowledged", ">published", ">in flight"],
+        [
+            [
+                bridge.get("url"),
+                state,
+                show_seconds(bridge.get("since_s")),
+                bridge.get("error") or "-",
+                show_seconds(bridge.get("retry_in_s")),
+                bridge.get("received", 0),
+                bridge.get("unacknowledged", 0),
+                bridge.get("published", 0),
+                bridge.get("in_flight", 0),
+            ]
+        ],
+    )
 
 
 def _hub_row(hub: Mapping[str, Any]) -> list[object]:

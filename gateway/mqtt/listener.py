@@ -41,7 +41,7 @@ from gateway.sessions import Session
 from security.identity import CertificateIdentity, certificate_identity
 from security.rules import Action
 from storeforward.errors import JournalFull
-from storeforward.journal import PENDING_BYTES_MAX, Journal
+from storeforward.journal import Journal
 
 log = logging.getLogger("lineside.mqtt")
 
@@ -296,7 +296,7 @@ class Client(asyncio.Protocol):
         done = self._append(messages)
         if done < len(messages):
             self._hold(messages[done:])
-        if self._journal.pending.size_bytes > PENDING_BYTES_MAX:
+        if self._journal.pending.size_bytes > self._journal.space.pending_bytes:
             self._pause()
             self._journal.wait(self, self._resume)
 
@@ -558,14 +558,12 @@ class Client(asyncio.Protocol):
         held = self._conn.accept(
             present, assigned_client_id=assigned, session_expiry_s=expiry_s, response_information=information
         )
-        if self._conn.closing:
-            self.flush()
-            return
         if self._timer is not None:  # until now it was the time allowed for CONNECT; the keep-alive may be shorter
             self._timer.cancel()
             self._timer = None
         self._set_timer()
-        self._broker.attach(session, self)
+        if not self._conn.closing:  # what was held may end with DISCONNECT
+            self._broker.attach(session, self)
         self._take(held)
         self._resume()
 
@@ -728,6 +726,8 @@ class Client(asyncio.Protocol):
             transport.write(data)
         if self._conn.closing:
             if not transport.is_closing():
+                if self._paused:
+                    transport.resume_reading()  # for the peer's own goodbye, which is all that is looked at now
                 # What is written still goes out; a peer that does not read it is cut off after a while.
                 transport.close()
                 self._loop.call_later(CLOSE_WAIT_S, transport.abort)

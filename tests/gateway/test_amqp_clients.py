@@ -527,5 +527,9 @@ def test_clients_lists_amqp_apps_with_their_links(gateway: Gateway) -> None:
     app.create_receiver("cab/#", name="sub", options=[DurableSubscription()])
     app.create_sender("cab/door")
     [listed] = [c for c in gateway.clients()["clients"] if c["client"] == "tool"]
-    assert listed["addresses"] == ["receives from durable topic cab/#", "receives from queue jobs/a", "sends to cab/door"]
+    assert listed["addresses"] == [
+        "receives from durable topic cab/#",
+        "receives from queue jobs/a",
+        "sends to cab/door",
+    ]
     assert listed["version"] == "AMQP 1.0"
