@@ -50,7 +50,7 @@ from gateway.groups import Group
 from gateway.routing import Route
 from security.rules import Action, Identity
 from storeforward.errors import JournalFull
-from storeforward.journal import PENDING_BYTES_MAX, Batch
+from storeforward.journal import Batch
 from storeforward.streams import COLUMNS
 
 log = logging.getLogger("lineside.amqp")
@@ -394,7 +394,7 @@ class Peer:
         incoming.deliveries(batch)
         self._listener.received += incoming.received - before
         self._watch_held()
-        if self._journal.pending.size_bytes > PENDING_BYTES_MAX and not self._paused:
+        if self._journal.pending.size_bytes > self._journal.space.pending_bytes and not self._paused:
             # The disk is slower than this app: read no more until what there is has been written.
             self._paused = True
             self.protocol.pause_reading()
