@@ -64,6 +64,8 @@ class Outgoing:
 
     def end(self) -> None:
         """The link is gone: what it has not finished goes back. May be called twice."""
+        if not self.ended:
+            self._take_answers(self.progress_at)
         self.ended = True
         self._sent.clear()
         for group in self.source.groups.values():
@@ -83,11 +85,11 @@ class Outgoing:
         """
         self.again = self.lagging = False
         link = self.link
-        if self.ended or not link.alive:
+        if self.ended:
             return
-        for outcome in link.take_outcomes():
-            self.progress_at = now
-            self._judge(outcome, now)
+        self._take_answers(now)
+        if not link.alive:
+            return
         if self._resend_at is not None:
             if now < self._resend_at or (self.source.exclusive and link.unsettled):
                 link.drained()
@@ -97,6 +99,12 @@ class Outgoing:
             link.drained()
 
     # ------------------------------------------------------------------ answers
+
+    def _take_answers(self, now: float) -> None:
+        """Also from a link that is gone by now: an app may answer and detach in one breath."""
+        for outcome in self.link.take_outcomes():
+            self.progress_at = now
+            self._judge(outcome, now)
 
     def _judge(self, outcome: Outcome, now: float) -> None:
         """What one answer means. Absent from this table is a bug of ours, not the app's."""

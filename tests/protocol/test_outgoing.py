@@ -159,6 +159,21 @@ def test_a_queues_released_message_is_offered_to_the_others_at_once(bench: Bench
     assert other.text() == "a"
 
 
+def test_an_answer_in_the_same_breath_as_the_detach_counts(bench: Bench) -> None:
+    source = bench.directory.subscribe("app", "sub", None, "cab").source
+    app = App(bench, source)
+    bench.put("abc")
+    (a, *_), (b, *_), _ = app.take()
+    app.wire.receiver.accept([a, b])
+    app.wire.receiver.close(detach=True)
+    app.wire.run()
+    assert not app.wire.sender.alive
+    app.out.end()
+    [group] = source.groups.values()
+    assert group.cursor.position == 3
+    assert [(payload, count) for _, payload, count in App(bench, source).take()] == [("c", 1)]
+
+
 def test_a_rejected_message_is_a_dead_letter_with_its_condition(bench: Bench) -> None:
     app = App(bench, bench.directory.volatile("cab", "app", "link"))
     bench.put("ab")
