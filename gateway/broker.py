@@ -64,6 +64,8 @@ class Broker:
         self._delivery_bytes = 0
         self._filters: dict[Stream, list[str]] = {}
         self._rows_since = 0
+        # Whether AMQP apps are to find this topic's messages in a queue, though none of them reads there yet.
+        self.queue_for: Callable[[str], bool] = lambda topic: False
         self.local = self._streams_of(config)
         self.router = self._router()
         self._load()
@@ -101,7 +103,13 @@ class Broker:
             self._feed_share(share)
         self._audiences.clear()
 
+    def streams_for(self, filter_: str) -> list[Stream]:
+        """The streams that may hold messages which this filter takes."""
+        return [s for s, filters in self._filters.items() if any(filters_overlap(filter_, f) for f in filters)]
+
     def _read_locally(self, topic: str) -> bool:
+        if self.queue_for(topic):
+            return True
         return any(True for _ in self._tree.matches(topic)) or any(
             c.kind == "amqp" for c in self.local.cursors.values()
         )
