@@ -73,6 +73,14 @@ def available(name: str) -> str | None:
     return None if reason is None else str(reason)
 
 
+def qpid_jms_lib() -> Path:
+    return Path(_deployed.qpid_jms_lib())
+
+
+def rhea_modules() -> Path:
+    return Path(_deployed.rhea_modules())
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on just now."""
     while True:

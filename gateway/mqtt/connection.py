@@ -323,6 +323,8 @@ class ServerConnection:
         self._in_flight: dict[int, Awaits] = {}
         self._aliases_set: dict[str, int] = {}  # by us, the least lately used first
         self._alias_send_max = 0
+        self.unlimited = True  # the client takes packets of any size
+        self.plain = True  # and no topic aliases: `publish_encoded` may be used
         self._taken: set[int] = set()  # packet ids of messages that an earlier connection began to send
         self._next_id = 1
         self._window = limits.send_window_max
@@ -516,6 +518,8 @@ class ServerConnection:
         self._intake_room = self._intake_room_max = limits.receive_maximum
         self._window = min(limits.send_window_max, connect.properties.receive_maximum or PACKET_IDS_MAX)
         self._alias_send_max = min(limits.topic_alias_send_max, connect.properties.topic_alias_maximum or 0)
+        self.unlimited = self._send_max_bytes > REMAINING_LENGTH_MAX
+        self.plain = self.unlimited and not self._alias_send_max
 
     def accept(
         self,
@@ -962,7 +966,7 @@ class ServerConnection:
 
         HOT: tests/bench, fan-out. The owner has looked whether it `fits` and whether aliases are in use.
         """
-        if self.state is not State.OPEN:
+        if self.state is not _OPEN:
             return None
         if not qos:
             self._out += (head, tail)
@@ -975,19 +979,9 @@ class ServerConnection:
             number = self._allocate()
         else:
             self._next_id = number % PACKET_IDS_MAX + 1
-        in_flight[number] = Awaits.PUBREC if qos == 2 else Awaits.PUBACK
+        in_flight[number] = _PUBREC if qos == 2 else _PUBACK
         self._out += (head, number.to_bytes(2, "big"), tail)
         return number
-
-    @property
-    def plain(self) -> bool:
-        """Whether `publish_encoded` may be used: the client takes no topic aliases and any size."""
-        return not self._alias_send_max and self.unlimited
-
-    @property
-    def unlimited(self) -> bool:
-        """Whether the client takes packets of any size."""
-        return self._send_max_bytes > REMAINING_LENGTH_MAX
 
     def _shorten(self, topic: str, name: bytes, section: bytes) -> tuple[bytes, bytes, int]:
         """Topic and properties with an alias (MQTT 5.0 §3.3.2.3.4), and the alias to remember, 0 for none.
@@ -1060,6 +1054,10 @@ class ServerConnection:
         if len(worded) > self._send_max_bytes:  # MQTT-3.14.2-3
             worded = encode(Disconnect(reason), V5)
         self._out.append(worded)
+
+
+# Looking a member up in its enumeration costs more than all else that `publish_encoded` does with it.
+_OPEN, _PUBACK, _PUBREC = State.OPEN, Awaits.PUBACK, Awaits.PUBREC
 
 
 class _Gathered:

@@ -290,7 +290,7 @@ class Client(asyncio.Protocol):
                 self._acked(event.packet_ids, event.refused)
             else:
                 self._control(event)
-        if events:
+        if self._journal.pending:
             self._listener.committer.kick()
         self.flush()
 

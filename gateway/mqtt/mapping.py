@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.amqp.message import Message, Template, user_properties
+from gateway.amqp.addresses import reply_topic
+from gateway.amqp.message import Message, Template, answer_to, correlation_id, user_properties
 from gateway.mqtt.codec import PublishProperties
 from gateway.routing import DUPLICATE_PROPERTY, Route
 from storeforward.journal import Journal
@@ -77,7 +78,7 @@ def template_with(
         None if ttl_us is None else min(ttl_us // 1000, TTL_MS_MAX),
         content_type=p.content_type,
         reply_to=p.response_topic,
-        correlation_id=p.correlation_data,
+        correlation_id=correlation_id(p.correlation_data),
         user_properties=p.user_property,
         annotations=notes,
         duplicate_property=route.duplicate_property,
@@ -89,19 +90,16 @@ def template_with(
 def to_mqtt(message: Message) -> PublishProperties | None:
     """The properties to publish a message with; None where it has none of those that MQTT knows."""
     pairs = tuple(pair for pair in user_properties(message) if pair[0] not in _OURS)
-    correlation = message.correlation_id
-    if isinstance(correlation, str):
-        correlation = correlation.encode()
-    if not isinstance(correlation, bytes):
-        correlation = None if correlation is None else str(correlation).encode()
+    correlation = answer_to(message)
+    response_topic = reply_topic(message.reply_to)
     notes = message.annotations
     content_type = notes.get(ANNOTATION_CONTENT_TYPE, message.content_type)
     payload_format = 1 if notes.get(ANNOTATION_PAYLOAD_FORMAT) == 1 else None
-    if not (pairs or correlation is not None or message.reply_to or content_type is not None or payload_format):
+    if not (pairs or correlation is not None or response_topic or content_type is not None or payload_format):
         return None
     return PublishProperties(
         payload_format_indicator=payload_format,
-        response_topic=message.reply_to,
+        response_topic=response_topic,
         correlation_data=correlation,
         content_type=content_type if isinstance(content_type, str) else None,
         user_property=pairs,
