@@ -374,6 +374,8 @@ class Session:
         if outlet is None or feed is None or not feed.live or self.due or self._plan is not None or outlet.congested:
             return False
         for seq, delivery, want in items:
+            if seq < feed.next:
+                continue  # a SUBACK of the same commit has had the session pumped already
             qos = delivery.qos if delivery.qos < want.qos else want.qos
             if (
                 seq < want.since
