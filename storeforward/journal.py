@@ -149,7 +149,7 @@ class Journal:
         self.salvaged: str | None = None
         self.dead_count = 0
         self.loss_count = 0
-        self.wall_us = int(wall() * 1e6)
+        self.wall_us = self._wall_us()
 
     # ------------------------------------------------------------------ opening and closing
 
@@ -205,7 +205,7 @@ class Journal:
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> Journal:
-        new = not path.exists()
+        new = not path.exists() or not path.stat().st_size
         writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_S)
         reader: sqlite3.Connection | None = None
         try:
@@ -696,6 +696,10 @@ class Journal:
         """Now, on the age clock, in microseconds."""
         return self._age.now_us(int(self._clock() * 1e6))
 
+    def _wall_us(self) -> int:
+        """For people only; held within what SQLite stores, whatever the clock believes."""
+        return max(-(1 << 63), min(int(self._wall() * 1e6), (1 << 63) - 1))
+
     def query(self, statement: str, parameters: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         """Read committed rows of the small tables (sessions, dead letters)."""
         return self._r.execute(statement, parameters).fetchall()
@@ -715,7 +719,7 @@ class Journal:
             batch = self._first_part(batch)
             self._afford(batch)
         self.under_way = batch
-        self.wall_us = int(self._wall() * 1e6)
+        self.wall_us = self._wall_us()
         self._delete_bytes_left = self.space.delete_bytes_full if self.disk_full else self.space.delete_bytes
         ex = self._w.execute
         try:

@@ -52,6 +52,7 @@ def salvage(state_dir: Path, clock: Callable[[], float]) -> str:
         new = sqlite3.connect(building, isolation_level=None)
         try:
             new.execute(f"PRAGMA page_size = {schema.PAGE_SIZE_BYTES:d}")
+            new.execute("PRAGMA auto_vacuum = INCREMENTAL")
             new.execute("PRAGMA synchronous = FULL")
             schema.migrate(new)
             new.execute("BEGIN")

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import sqlite3
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -201,6 +202,48 @@ def test_a_damaged_wal_costs_at_most_the_commits_from_the_damage_on_and_their_se
     # The identities differ all the same: each start has an epoch of its own.
     assert journal.epoch_token != epoch_before
     journal.close()
+
+
+def test_a_salvaged_journal_gives_space_back_as_any_other_does(tmp_path: Path, closed: Whole) -> None:
+    state_dir = tmp_path / "state"
+    shutil.copytree(closed.path, state_dir)
+    (state_dir / "journal.suspect").touch()
+    journal = Journal.open(state_dir)
+    assert journal.salvaged
+    stream = outbound(journal)
+    before = (state_dir / "journal.db").stat().st_size
+    journal.advance(stream, stream.cursors["uplink"], stream.committed)
+    while journal.pending:
+        journal.commit_now()
+    assert stream.rows == 0
+    while journal.recover():
+        pass
+    assert (state_dir / "journal.db").stat().st_size < before - 200_000
+    journal.close()
+
+
+def test_an_empty_file_that_a_power_cut_left_becomes_a_journal_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "journal.db").touch()
+    journal = Journal.open(tmp_path)
+    assert journal.query("PRAGMA page_size") == [(PAGE_SIZE_BYTES,)]
+    assert journal.query("PRAGMA auto_vacuum") == [(2,)]
+    journal.close()
+
+
+def test_a_read_only_file_system_is_named_and_what_to_do(tmp_path: Path, closed: Whole) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a read-only file system")
+    state_dir = tmp_path / "state"
+    state_dir.mkdir()
+    command = ["mount", "--bind", "-o", "ro", str(closed.path), str(state_dir)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no read-only mount here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(JournalError, match="must be writable by this user"):
+            Journal.open(state_dir)
+    finally:
+        subprocess.run(["umount", str(state_dir)], check=True)
 
 
 def killed_epoch(whole: Whole) -> str:
