@@ -20,10 +20,11 @@ from gateway.mqtt.topics import split_shared
 from gateway.mqtt.tree import FilterTree
 from gateway.retained import Retained, RetainedStore
 from gateway.routing import Router, filters_overlap, inbound_filter
-from gateway.sessions import Due, Feed, Outlet, SentState, Session, ShareGroup, Subscription, Want
+from gateway.sessions import Due, Feed, Item, Outlet, SentState, Session, ShareGroup, Subscription, Want
 from gateway.wills import Testament, Wills
 from storeforward.errors import JournalFull
-from storeforward.journal import Batch, Journal
+from storeforward.journal import Appended, Batch, Journal
+from storeforward.schema import SEQ_MASK
 from storeforward.streams import COLUMNS, Row, Stream, StreamLimits, WhenFull
 
 log = logging.getLogger("lineside.broker")
@@ -37,6 +38,8 @@ TRIM_ROWS_MAX = 10_000
 CATCH_UP_ROWS = 4096
 SYS = "$SYS"
 SHARED_QOS_MAX = 1
+# Commits of more rows are read by each session at its own pace.
+LIVE_ROWS_MAX = 64
 
 Reader = Session | ShareGroup
 
@@ -56,7 +59,7 @@ class Broker:
         self.wills = Wills(journal)
         self.schedule: Callable[[float], None] = lambda delay_s: None
         self._tree: FilterTree[tuple[Reader, str]] = FilterTree()
-        self._audiences: dict[tuple[int, str], dict[object, Want]] = {}
+        self._audiences: dict[tuple[int, str], dict[Reader, Want]] = {}
         self._deliveries: dict[tuple[int, int], Delivery] = {}
         self._delivery_bytes = 0
         self._filters: dict[Stream, list[str]] = {}
@@ -510,7 +513,7 @@ class Broker:
 
     # ------------------------------------------------------------------ delivery
 
-    def audience(self, stream: Stream, topic: str) -> dict[object, Want]:
+    def audience(self, stream: Stream, topic: str) -> dict[Reader, Want]:
         """Who reads a topic of a stream, and how."""
         key = stream.id, topic
         audience = self._audiences.get(key)
@@ -531,18 +534,41 @@ class Broker:
         """Wake those who read what a commit added."""
         woken: dict[Reader, None] = {}
         for stream, appended in batch.appended.items():
-            columns = appended.columns
-            topics = {columns[3]} if len(columns) == COLUMNS else set(columns[3::COLUMNS])
-            for topic in topics:
+            self._rows_since += appended.rows
+            if appended.rows <= LIVE_ROWS_MAX:
+                self._hand_out(stream, appended, woken)
+                continue
+            for topic in set(appended.columns[3::COLUMNS]):
                 for reader in self.audience(stream, topic):
-                    assert isinstance(reader, Reader)
                     reader.woken(stream, appended.first_seq)
                     woken[reader] = None
-            self._rows_since += appended.rows
         for reader in woken:
             reader.pump()
         if self._rows_since >= CATCH_UP_ROWS:
             self.caught_up()
+
+    def _hand_out(self, stream: Stream, appended: Appended, woken: dict[Reader, None]) -> None:
+        """Give a small commit's rows to those who have had all before them; the others are woken."""
+        columns = appended.columns
+        items: dict[Reader, list[Item]] = {}
+        for at in range(0, len(columns), COLUMNS):
+            topic = columns[at + 3]
+            audience = self.audience(stream, topic)
+            if not audience:
+                continue
+            row = Row(columns[at] & SEQ_MASK, topic, columns[at + 2], columns[at + 5])
+            delivery = self.delivery(stream, row)
+            seq = row.seq
+            for reader, want in audience.items():
+                item = (seq, delivery, want)
+                if reader in items:
+                    items[reader].append(item)
+                else:
+                    items[reader] = [item]
+        for reader, its in items.items():
+            if type(reader) is not Session or not reader.live(stream, its):
+                reader.woken(stream, appended.first_seq)
+                woken[reader] = None
 
     def caught_up(self) -> None:
         """Move those on who want nothing of what there is."""
@@ -560,7 +586,10 @@ class Broker:
 
     def answered(self, session: Session) -> None:
         """The client has acknowledged: there may be room in its window."""
-        self.pump(session)
+        if session.behind:
+            session.pump()
+        for share in session.groups.values():
+            share.pump()
 
     def delivery(self, stream: Stream, row: Row) -> Delivery:
         """A row's message; the newest ones are kept, because a thousand subscribers read the same rows."""

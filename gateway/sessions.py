@@ -38,7 +38,7 @@ class Outlet(Protocol):
     def window_left(self) -> int: ...
     @property
     def congested(self) -> bool: ...
-    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool: ...
+    def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool: ...
     def in_use(self, packet_ids: Iterable[int]) -> None: ...
     def reserve(self, qos: int, packet_id: int | None = None) -> int | None: ...
     def deliver(
@@ -107,6 +107,10 @@ class Want:
             return self
         among = [s for s in self.among if seq >= s.since.get(stream, 0)]
         return Want.of(stream, among) if among else None
+
+
+# A committed row as the sessions that want it are handed it: seq, message, how the session wants it.
+Item = tuple[int, Delivery, Want]
 
 
 class SentState(IntEnum):
@@ -183,7 +187,7 @@ class Desk(Protocol):
     retained: RetainedStore
 
     def delivery(self, stream: Stream, row: Row) -> Delivery: ...
-    def audience(self, stream: Stream, topic: str) -> dict[object, Want]: ...
+    def audience(self, stream: Stream, topic: str) -> dict[Session | ShareGroup, Want]: ...
     def decoded(self, topic: str, body: bytes, expires_age_us: int | None) -> Delivery: ...
 
 
@@ -306,14 +310,14 @@ class Session:
                 del self._due_again[n]
                 continue
             delivery = self._retained(due)
-            if delivery is None or not outlet.takes(delivery, due.identifiers):
+            qos = 0 if delivery is None else min(due.qos, delivery.qos) if again is None else again.qos
+            if delivery is None or not outlet.takes(delivery, qos, due.identifiers):
                 if delivery is not None:
                     self._too_large(delivery, "retained", 0)
                 self._forget_due(n)
                 if again is not None:
                     self.sent.pop(again.packet_id, None)
                 continue
-            qos = min(due.qos, delivery.qos) if again is None else again.qos
             if not qos:
                 self._now(_Planned(delivery, 0, True, due.identifiers, 0, None), outlet)
                 self._forget_due(n)
@@ -358,6 +362,47 @@ class Session:
         if feed is not None and feed.live:
             feed.live = False
             feed.next = max(feed.next, first_seq)
+
+    def live(self, stream: Stream, items: list[Item]) -> bool:
+        """Take rows of the newest commit, of which nothing before was left unsent. False if this session can't.
+
+        HOT: a thousand sessions come by here with each message (tests/bench, fan-out). What is not plain is `pump`'s.
+        """
+        outlet = self.outlet
+        feed = self.feeds.get(stream)
+        if outlet is None or feed is None or not feed.live or self.due or self._plan is not None or outlet.congested:
+            return False
+        for seq, delivery, want in items:
+            if (
+                seq < want.since
+                or want.no_local
+                or delivery.expires_age_us is not None
+                or not outlet.takes(delivery, want.identifiers)
+            ):
+                break
+            qos = delivery.qos if delivery.qos < want.qos else want.qos
+            if qos == 2 and self.durable:
+                break
+            retain = delivery.retain and want.retain_as_published
+            number = outlet.deliver(delivery, qos, retain, want.identifiers)
+            if number is None:
+                break
+            if qos:
+                sent = self.sent[number] = Sent(number, feed, seq, qos, SentState.SENT, True, retain, want.identifiers)
+                feed.order.append(sent)
+            feed.next = seq + 1
+        else:
+            outlet.flush()
+            return True
+        feed.next = seq
+        feed.live = False
+        self.pump()
+        return True
+
+    @property
+    def behind(self) -> bool:
+        """Whether `pump` might find something to send."""
+        return bool(self.due) or not all([f.live for f in self.feeds.values()])
 
     def caught_up(self) -> None:
         """Move the place over rows that nobody here wants; they hold up the deletion of what is before them."""
@@ -451,10 +496,10 @@ class Session:
         if want.no_local and delivery.source == self.client_id:
             return True
         identifiers = want.identifiers
-        if not outlet.takes(delivery, identifiers):
+        qos = min(want.qos, delivery.qos)
+        if not outlet.takes(delivery, qos, identifiers):
             self._too_large(delivery, feed.stream.name, row.seq)
             return True
-        qos = min(want.qos, delivery.qos)
         retain = delivery.retain and want.retain_as_published
         return self._send(delivery, qos, retain, identifiers, feed, row.seq, outlet, None)
 
@@ -735,11 +780,11 @@ class ShareGroup:
     ) -> None:
         delivery = self._desk.delivery(stream, row)
         identifiers = () if subscription.identifier is None else (subscription.identifier,)
-        if not outlet.takes(delivery, identifiers):
+        qos = min(subscription.qos, delivery.qos, 1)
+        if not outlet.takes(delivery, qos, identifiers):
             # Another member may take it; without one it waits, as for a group that nobody reads.
             group.release(session, row.seq, barred=True)
             return
-        qos = min(subscription.qos, delivery.qos, 1)
         retain = delivery.retain and subscription.retain_as_published
         number = outlet.deliver(delivery, qos, retain, identifiers)
         if number is None:

@@ -740,9 +740,10 @@ class Journal:
                     while end - at >= step:
                         ex(statement, columns[at : at + step])
                         at += step
-            for statement, parameters in batch.statements:
-                ex(statement, parameters)
+            # What came with the messages first: a session that ends behind them takes what is its own with it.
             for statement, parameters in batch.with_rows:
+                ex(statement, parameters)
+            for statement, parameters in batch.statements:
                 ex(statement, parameters)
             for cursor, stream_id in batch.cursors.items():  # after the statements: one may have made the cursor
                 ex(

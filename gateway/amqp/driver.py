@@ -56,6 +56,7 @@ class AmqpProtocol(asyncio.Protocol):
         self._over = False
         self.write_paused = False
         self.on_resumed: Callable[[], None] = lambda: None  # the transport takes more again
+        self.heard = False  # whether the peer ever said anything
         self.engine: Engine
 
     # -------- asyncio's side
@@ -76,6 +77,7 @@ class AmqpProtocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._over:
             return
+        self.heard = True
         events = self.engine.receive(data, self._loop.time())
         self._deliver(events)
         if self.engine.deadline < self._timer_at:

@@ -36,7 +36,7 @@ from gateway.mqtt.connection import (
 )
 from gateway.mqtt.connection import Message as Published
 from gateway.mqtt.delivery import Delivery
-from gateway.mqtt.topics import filter_matches
+from gateway.mqtt.topics import check_filter, filter_matches
 from gateway.sessions import Session
 from security.identity import CertificateIdentity, certificate_identity
 from security.rules import Action
@@ -52,7 +52,6 @@ _CONNACK = {
 }
 SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 RESPONSE_PREFIX = "response/"
-ALIAS_BYTES = 6  # that a topic alias may add to a packet
 HOLD_RETRY_S = 0.2
 CLOSE_WAIT_S = 2.0
 WRITE_BUFFER_BYTES = 256 << 10
@@ -199,12 +198,12 @@ class Client(asyncio.Protocol):
     def congested(self) -> bool:
         return self._congested or self._transport is None or self._conn.closing
 
-    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool:
+    def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool:
         conn = self._conn
         if conn.unlimited:
             return True
-        section = len(delivery.section(identifiers, 0)) + ALIAS_BYTES if conn.version == V5 else 0
-        return conn.fits(4 + len(delivery.topic.encode()) + section + len(delivery.payload))
+        section = len(delivery.section(identifiers, 0)) if conn.version == V5 else 0
+        return conn.fits(2 + len(delivery.topic.encode()) + (2 if qos else 0) + section + len(delivery.payload))
 
     def in_use(self, packet_ids: Iterable[int]) -> None:
         self._conn.in_use(packet_ids)
@@ -283,7 +282,7 @@ class Client(asyncio.Protocol):
                 self._acked(event.packet_ids, event.refused)
             else:
                 self._control(event)
-        if events:
+        if self._journal.pending:
             self._listener.committer.kick()
         self.flush()
 
@@ -501,6 +500,11 @@ class Client(asyncio.Protocol):
             case Unsubscribed(packet):
                 assert self._session is not None
                 codes = self._broker.unsubscribe(self._session, packet.filters)
+                if self._conn.version == V5:
+                    codes = [
+                        Reason.TOPIC_FILTER_INVALID if _ill_formed(filter_) else code
+                        for filter_, code in zip(packet.filters, codes, strict=True)
+                    ]
                 self._journal.wait(self, lambda: self._conn.unsuback(packet, codes))
             case Disconnected(packet, clean, reason):
                 log.info("client left", extra=self._who(clean=clean, reason=reason))
@@ -562,7 +566,9 @@ class Client(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._set_timer()
-        if not self._conn.closing:  # what was held may end with DISCONNECT
+        if self._conn.closing and not held:
+            self._leave(clean=True)  # refused after all: it never was connected, so its will means nothing
+        elif not self._conn.closing:  # what was held may end with DISCONNECT
             self._broker.attach(session, self)
         self._take(held)
         self._resume()
@@ -615,7 +621,7 @@ class Client(asyncio.Protocol):
         for topic, value in figures:
             if not self.congested and any(filter_matches(f, topic) for f in filters):
                 delivery = Delivery(topic, value, 0, True, None, None, None)
-                if self.takes(delivery, ()):
+                if self.takes(delivery, 0, ()):
                     self.deliver(delivery, 0, retain, ())
         self.flush()
 
@@ -680,6 +686,8 @@ class Client(asyncio.Protocol):
             self._log_forbidden(Action.SUBSCRIBE, filter_, session=True)
 
     def _subscription_refusal(self, filter: str) -> Reason | None:
+        if self._conn.version == V5 and _ill_formed(filter):
+            return Reason.TOPIC_FILTER_INVALID
         if self._permit is not None and not self._permit.subscribe(filter):
             self._log_forbidden(Action.SUBSCRIBE, filter)
             return Reason.NOT_AUTHORIZED  # 0x80 on 3.1.1
@@ -776,13 +784,22 @@ class Client(asyncio.Protocol):
         }
 
 
+def _ill_formed(filter: str) -> bool:
+    """Of a 5.0 client: one of 3.1.1 was closed already for such a filter."""
+    try:
+        check_filter(filter)
+    except ValueError:
+        return True
+    return False
+
+
 def _run_of(messages: list[Published], at: int) -> list[Published]:
-    """The messages from `at` on that differ in nothing but packet id and payload, and have no properties."""
+    """The messages from `at` on that differ in nothing but packet id and payload: no properties, not retained."""
     topic, qos = messages[at][0], messages[at][1]
     end, count = at + 1, len(messages)
     while end < count:  # HOT: tests/bench, intake
         message = messages[end]
-        if message[0] is not topic or message[6] is not None or message[1] != qos:
+        if message[0] is not topic or message[6] is not None or message[1] != qos or message[2]:
             break
         end += 1
     return messages if end - at == count else messages[at:end]

@@ -63,7 +63,7 @@ class Outlet:
     def payloads(self) -> list[bytes]:
         return [g.payload for g in self.got]
 
-    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool:
+    def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool:
         return len(delivery.payload) <= self.size_max
 
     def in_use(self, packet_ids: Iterable[int]) -> None:
