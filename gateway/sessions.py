@@ -373,15 +373,14 @@ class Session:
         if outlet is None or feed is None or not feed.live or self.due or self._plan is not None or outlet.congested:
             return False
         for seq, delivery, want in items:
+            qos = delivery.qos if delivery.qos < want.qos else want.qos
             if (
                 seq < want.since
                 or want.no_local
                 or delivery.expires_age_us is not None
-                or not outlet.takes(delivery, want.identifiers)
+                or (qos == 2 and self.durable)
+                or not outlet.takes(delivery, qos, want.identifiers)
             ):
-                break
-            qos = delivery.qos if delivery.qos < want.qos else want.qos
-            if qos == 2 and self.durable:
                 break
             retain = delivery.retain and want.retain_as_published
             number = outlet.deliver(delivery, qos, retain, want.identifiers)

@@ -55,8 +55,8 @@ class AmqpProtocol(asyncio.Protocol):
         self._flush_scheduled = False
         self._over = False
         self.write_paused = False
-        self.on_resumed: Callable[[], None] = lambda: None  # the transport takes more again
         self.heard = False  # whether the peer ever said anything
+        self.on_resumed: Callable[[], None] = lambda: None  # the transport takes more again
         self.engine: Engine
 
     # -------- asyncio's side
