@@ -423,7 +423,9 @@ class Address(_Table):
     """`[[address]]`: what an address, or all that a filter takes, is to AMQP apps."""
 
     name: TopicFilter = Field(description="an address, or a filter that takes several", examples=["jobs/#"])
-    kind: Literal["queue", "topic"] = Field(description="queue: one receiver gets a message; topic: all do")
+    kind: Literal["queue", "topic"] = Field(
+        description="queue: one receiver gets a message; topic: all do", examples=["queue"]
+    )
 
 
 class Local(_Table):

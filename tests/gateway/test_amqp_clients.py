@@ -133,6 +133,13 @@ def test_mqtt_and_amqp_apps_hear_one_another(gateway: Gateway) -> None:
     assert (bytes(got.correlation_id), got.content_type) == (b"\1\2", "text/x")
 
 
+def test_an_amqp_app_may_have_a_message_retained_for_mqtt_apps_to_come(gateway: Gateway) -> None:
+    retained = {symbol("x-opt-retain-message"): True}
+    send_all(gateway.app(), "cab/state", ["on", "off"], annotations=retained)
+    [message] = gateway.mqtt().subscribe("cab/#").wait(1)
+    assert (message.payload, message.retain) == (b"off", True)
+
+
 def test_an_amqp_request_is_answered_by_an_mqtt_app_and_its_correlation_keeps_its_type(gateway: Gateway) -> None:
     def answer(client: paho.Client, message: paho.MQTTMessage) -> None:
         packed = Properties(PacketTypes.PUBLISH)
