@@ -98,13 +98,13 @@ class Batch:
 
     `deleted`: rows before this seq go, though cursors may not say so. `revived`, `dropped`: dead letters that go,
     the former together with the rows they come back as. `totals`, `unnumbered`: losses, summed until they are written.
+    `statements`: in the order they were asked for; True: only if the messages of this batch are stored.
     """
 
     size_bytes: int = 0
     appended: dict[Stream, Appended] = field(default_factory=dict)
     cursors: dict[Cursor, int] = field(default_factory=dict)
-    statements: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
-    with_rows: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+    statements: list[tuple[str, tuple[Any, ...], bool]] = field(default_factory=list)
     waiting: dict[Waiter, list[Any]] = field(default_factory=dict)
     touched: dict[Stream, None] = field(default_factory=dict)
     deleted: dict[Stream, int] = field(default_factory=dict)
@@ -118,7 +118,6 @@ class Batch:
             self.appended
             or self.cursors
             or self.statements
-            or self.with_rows
             or self.waiting
             or self.touched
             or self.deleted
@@ -366,11 +365,9 @@ class Journal:
         cursor = Cursor(0, name, kind, start, start, volatile)
         stream.cursors[name] = cursor
         if not volatile:
-            self.pending.statements.append(
-                (
-                    "INSERT OR REPLACE INTO cursor (stream, name, kind, position) VALUES (?, ?, ?, ?)",
-                    (stream.id, name, kind, start),
-                )
+            self.execute(
+                "INSERT OR REPLACE INTO cursor (stream, name, kind, position) VALUES (?, ?, ?, ?)",
+                (stream.id, name, kind, start),
             )
         return cursor
 
@@ -505,11 +502,11 @@ class Journal:
 
     def execute(self, statement: str, parameters: tuple[Any, ...] = ()) -> None:
         """Have a statement run inside the next commit (sessions, subscriptions)."""
-        self.pending.statements.append((statement, parameters))
+        self.pending.statements.append((statement, parameters, False))
 
     def execute_with_rows(self, statement: str, parameters: tuple[Any, ...] = ()) -> None:
         """As `execute`, for what is true only if the messages of this batch are stored: it fails with them for good."""
-        self.pending.with_rows.append((statement, parameters))
+        self.pending.statements.append((statement, parameters, True))
 
     def _make_room(self, stream: Stream, size: int) -> None:
         limits = stream.limits
@@ -740,9 +737,7 @@ class Journal:
                     while end - at >= step:
                         ex(statement, columns[at : at + step])
                         at += step
-            for statement, parameters in batch.statements:
-                ex(statement, parameters)
-            for statement, parameters in batch.with_rows:
+            for statement, parameters, _ in batch.statements:
                 ex(statement, parameters)
             for cursor, stream_id in batch.cursors.items():  # after the statements: one may have made the cursor
                 ex(
@@ -849,7 +844,7 @@ class Journal:
         A reader that holds a snapshot keeps the WAL from being copied: cursors and the ledger can still be written for
         a while, deletions wait (they would only fill the WAL), and then all of it waits until the reader is gone.
         """
-        size = sum(len(p) for _, parameters in batch.statements for p in parameters if isinstance(p, (str, bytes)))
+        size = sum(len(p) for _, parameters, _ in batch.statements for p in parameters if isinstance(p, (str, bytes)))
         cost = 2 * size + FIXED_PAGES * schema.PAGE_SIZE_BYTES
         if batch.touched and not self._wal_held:
             cost += 2 * self.space.delete_bytes_full
@@ -863,7 +858,7 @@ class Journal:
         Cursors and deletions wait for the last of them: a cursor must not be past what the ledger does not have yet.
         """
         size = count = 0
-        for _, parameters in batch.statements[:STATEMENTS_DISK_FULL_MAX]:
+        for _, parameters, _ in batch.statements[:STATEMENTS_DISK_FULL_MAX]:
             size += sum(len(p) for p in parameters if isinstance(p, (str, bytes)))
             if count and size > self.space.statement_bytes_full:
                 break
@@ -1052,7 +1047,8 @@ class Journal:
             _add(pending.totals, key, sums)
         for which, sums in batch.unnumbered.items():
             _add(pending.unnumbered, which, sums)
-        pending.statements[:0] = batch.statements
+        again = keep_waiting and not batch.appended
+        pending.statements[:0] = [each for each in batch.statements if again or not each[2]]
         for cursor in batch.cursors:
             owner = next((s for s in self.streams.values() if s.cursors.get(cursor.name) is cursor), None)
             if owner is not None:  # else dropped meanwhile
@@ -1064,8 +1060,7 @@ class Journal:
             if before:
                 self._delete(stream, pending, all_of_it=True, before=before)
         full = JournalFull("*", reason)
-        if keep_waiting and not batch.appended:
-            pending.with_rows[:0] = batch.with_rows
+        if again:
             later, pending.waiting = pending.waiting, batch.waiting
             for waiter, tokens in later.items():
                 pending.waiting.setdefault(waiter, []).extend(tokens)

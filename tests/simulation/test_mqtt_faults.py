@@ -1,0 +1,158 @@
+"""What the simulation of MQTT sessions broke once: each as a short story, on the same hand-moved gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.mqtt.codec import Disconnect, DisconnectProperties
+from tests.simulation.mqtt_model import V3, V5, Client
+from tests.simulation.mqtt_world import World
+
+
+EXPIRES_NOW = DisconnectProperties(session_expiry_interval=0)
+
+
+class Story:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.clients: list[Client] = []
+
+    def client(self, name: str, version: int = V5, *, durable: bool = True, window: int = 100) -> Client:
+        client = Client(name, version, durable, 1000, window, 0, self.world, lambda: 1)
+        self.clients.append(client)
+        client.connect(clean=not durable)
+        self.exchange()
+        assert client.up
+        return client
+
+    def back(self, client: Client) -> None:
+        client.connect(clean=False)
+        self.exchange()
+
+    def back_half(self, client: Client) -> None:
+        """Connected, and what it sends again has come; nothing of that is committed."""
+        client.connect(clean=False)
+        arrive(client)
+        self.world.commit_all()
+        client.read(1)
+        arrive(client)
+
+    def cut(self, client: Client) -> None:
+        assert client.wire is not None
+        client.wire.lose()
+        client.forget_connection()
+
+    def exchange(self, *, answers: bool = True) -> None:
+        moved = True
+        while moved:
+            self.world.loop.run()
+            moved = bool(self.world.journal.pending)
+            self.world.commit_all()
+            for client in self.clients:
+                if client.wire is not None:
+                    moved = moved or bool(client.wire.to_gateway and not client.wire.closing)
+                    client.wire.arrive(1000)
+                    moved = bool(client.read(1000)) or moved
+                    if answers:
+                        moved = moved or bool(client.answers)
+                        client.answer(lambda n: 0, 1000)
+
+    def crash(self) -> None:
+        self.world.crash(committed=False)
+        for client in self.clients:
+            client.crashed()
+
+    def table(self, name: str) -> list[tuple[object, ...]]:
+        return self.world.journal.query(f"SELECT * FROM {name}")
+
+
+@pytest.fixture
+def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Story]:
+    world = World(tmp_path, monkeypatch)
+    yield Story(world)
+    world.close()
+
+
+def payloads(client: Client) -> list[bytes]:
+    return [got.payload for got in client.log]
+
+
+def arrive(client: Client) -> None:
+    assert client.wire is not None
+    client.wire.arrive(1000)
+
+
+@pytest.mark.parametrize("ends", ["goodbye", "clean start"])
+def test_a_session_that_ends_in_the_commit_of_its_own_qos_2_message_spoils_nothing(story: Story, ends: str) -> None:
+    """The id belongs to the session that sent it: not to nobody, and not to the next session of that name."""
+    sub = story.client("sub")
+    sub.subscribe([("a/#", 1)])
+    pub = story.client("pub")
+    story.exchange()
+    pub.publish("a/x", 2, False)
+    arrive(pub)
+    if ends == "goodbye":
+        assert pub.wire is not None
+        pub.wire.send(Disconnect(properties=EXPIRES_NOW))
+    else:
+        pub.connect(clean=True)
+    arrive(pub)
+    story.exchange()
+    assert story.world.failures == 0
+    assert payloads(sub) == [b"pub:1"]
+    assert not story.table("mqtt_incoming")
+
+
+@pytest.mark.parametrize("version", [V3, V5])
+@pytest.mark.parametrize("back", ["after the commit failed", "before the commit failed"])
+def test_a_qos_2_message_whose_commit_failed_is_not_taken_for_stored_when_it_comes_again(
+    story: Story, version: int, back: str
+) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("a/#", 2)])
+    pub = story.client("pub", version)
+    story.exchange()
+    messages = [pub.publish("a/x", 2, False) for _ in range(2)]
+    arrive(pub)
+    story.world.begin()
+    story.cut(pub)
+    if back.startswith("before"):
+        pub.connect(clean=False)
+        arrive(pub)
+    story.world.fail(no_space=False)
+    story.world.commit_all()
+    pub.read(1)
+    for _ in range(3):
+        story.exchange()
+        assert pub.wire is None or all(m is not None and (m.acked_at is None or m.payload in payloads(sub)) for m in messages)
+        if pub.wire is None or pub.wire.closing:
+            story.back(pub)
+    for message in messages:
+        assert message is not None
+        assert message.refused or payloads(sub).count(message.payload) == 1
+
+
+@pytest.mark.parametrize("version", [V3, V5])
+def test_a_qos_2_message_that_is_stored_stays_so_when_the_commit_of_its_repeat_fails(
+    story: Story, version: int
+) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("a/#", 2)])
+    pub = story.client("pub", version)
+    story.exchange()
+    message = pub.publish("a/x", 2, False)
+    arrive(pub)
+    story.world.commit_all()
+    story.cut(pub)  # its PUBREC is lost
+    story.back_half(pub)
+    story.world.begin()
+    story.world.fail(no_space=False)
+    for _ in range(3):
+        story.exchange()
+        if pub.wire is None or pub.wire.closing:
+            story.back(pub)
+    assert message is not None and message.acked_at is not None
+    assert payloads(sub) == [message.payload]
