@@ -29,6 +29,8 @@ PUMP_ROWS_MAX = 4096
 # Rows that a client may have acknowledged without the journal knowing: they would go again after a crash.
 LAZY_ROWS_MAX = 64
 GROUP_ROWS_A_TURN = 16
+# Rows of a stream that may be sent to a client behind one that it does not acknowledge.
+AHEAD_ROWS_MAX = 4096
 
 
 class Outlet(Protocol):
@@ -625,6 +627,10 @@ class Session:
                 "INSERT OR REPLACE INTO mqtt_incoming VALUES (?, ?)", (self.client_id, packet_id)
             )
         return True
+
+    def has_in(self, packet_ids: Iterable[bytes]) -> bool:
+        """Whether messages of QoS 2 came with these ids, are stored or about to be, and are not released."""
+        return all(int.from_bytes(packet_id, "big") in self.incoming for packet_id in packet_ids)
 
     def take_back(self, packet_id: int) -> None:
         """Its message was not stored: the client will send it again as a new one."""
