@@ -212,7 +212,9 @@ class Client(asyncio.Protocol):
 
     @property
     def congested(self) -> bool:
-        return self._congested or self._transport is None or self._conn.closing
+        # Before its CONNACK a client is sent nothing, so nothing may count as sent.
+        conn = self._conn
+        return self._congested or self._transport is None or conn.closing or conn.awaiting_verdict
 
     def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool:
         conn = self._conn
@@ -292,13 +294,20 @@ class Client(asyncio.Protocol):
     # ------------------------------------------------------------------ events
 
     def _take(self, events: list[Event]) -> None:
+        answered = False
         for event in events:
             if type(event) is Publishes:
                 self._published(event.messages)
             elif type(event) is Acked:
                 self._acked(event.packet_ids, event.refused)
+                answered = True
             else:
+                answered = answered or type(event) in (Received, Completed)
                 self._control(event)
+        # Not before all answers are dealt with: the connection holds their packet ids for free already, and a new
+        # message under one of them would be taken for the one that the next event answers.
+        if answered and self._session is not None:
+            self._broker.answered(self._session)
         if events:
             self._listener.committer.kick()
         self.flush()
@@ -492,7 +501,6 @@ class Client(asyncio.Protocol):
         for packet_id, reason in refused:
             self._journal.lose(session.cursor_name, packet_id, "refused-by-client", 0, f"reason 0x{reason:02x}")
         session.acked(packet_ids)
-        self._broker.answered(session)
 
     def _released(self, packet_ids: list[int]) -> None:
         """PUBRELs: the ids are free again once that is on disk, and only then are they answered."""

@@ -156,3 +156,59 @@ def test_a_qos_2_message_that_is_stored_stays_so_when_the_commit_of_its_repeat_f
             story.back(pub)
     assert message is not None and message.acked_at is not None
     assert payloads(sub) == [message.payload]
+
+
+def test_what_is_committed_together_with_a_client_s_return_is_sent_to_it(story: Story) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("a/#", 1)])
+    pub = story.client("pub")
+    story.exchange()
+    story.cut(sub)
+    pub.publish("a/x", 1, False)
+    sub.connect(clean=False)
+    arrive(pub)
+    arrive(sub)
+    story.exchange()
+    assert payloads(sub) == [b"pub:1"]
+
+
+@pytest.mark.parametrize("no_space", [False, True])
+def test_a_will_whose_commit_failed_is_published_later(story: Story, no_space: bool) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("w/#", 1)])
+    story.exchange()
+    willing = story.client("willing", durable=False)
+    willing.connect(clean=True, will=(b"gone", 1, 0, False))
+    story.exchange()
+    story.cut(willing)
+    story.world.begin()
+    story.world.fail(no_space=no_space)
+    story.exchange()
+    story.world.advance(6)
+    story.world.keep_house()
+    story.exchange()
+    assert payloads(sub) == [b"gone"]
+    assert not story.table("mqtt_will")
+
+
+def test_answers_of_several_kinds_in_one_piece_end_the_messages_they_are_for(story: Story) -> None:
+    """The connection knows a packet id to be free before the session does: no new message may have it in between."""
+    sub = story.client("sub", window=4)
+    sub.subscribe([("a/#", 2)])
+    pub = story.client("pub")
+    story.exchange()
+    for qos in (1, 2, 1, 1, 1, 1, 1, 1, 1):
+        pub.publish("a/x", qos, False)
+        arrive(pub)
+        story.world.commit_all()
+        pub.read(1)
+    story.cut(sub)  # a new connection looks for free packet ids from 1 on
+    story.back_half(sub)
+    sub.read(4)
+    sub.answer(lambda n: 0, 4)  # PUBACK, PUBREC, PUBACK, PUBACK
+    arrive(sub)
+    session = story.world.broker.sessions["sub"]
+    assert sorted(sent.seq for sent in session.sent.values()) == [2, 5, 6, 7]
+    story.exchange()
+    assert payloads(sub) == [b"pub:%d" % n for n in range(1, 10)]
+    assert not session.sent
