@@ -172,7 +172,7 @@ class Broker:
             self._feed(session)
         for share in self.shares.values():
             self._feed_share(share)
-        self._drop_orphans()
+        self._adopt_orphans()
         by_id = {s.id: s for s in self.journal.streams.values()}
         for client_id, stream_id, seq, packet_id, state in query(
             "SELECT client_id, stream, seq, packet_id, state FROM mqtt_outgoing ORDER BY client_id, stream, seq"
@@ -186,12 +186,24 @@ class Broker:
         ):
             self.sessions[client_id].restore_due(n, Due(topic, qos, tuple(json.loads(identifiers))))
 
-    def _drop_orphans(self) -> None:
-        """Cursors of shared subscriptions whose last subscriber was not durable."""
+    def _adopt_orphans(self) -> None:
+        """Cursors that no subscription needs: of shared ones whose last member was not durable, and of sessions.
+
+        A session reads on where messages of QoS 2 are under way to it; any other cursor would hold its stream for good.
+        """
         names = {share.cursor_name for share in self.shares.values()}
+        under_way = set(self.journal.query("SELECT DISTINCT client_id, stream FROM mqtt_outgoing"))
         for stream in self.journal.streams.values():
-            for name in [n for n in stream.cursors if n.startswith("share:") and n not in names]:
-                self.journal.drop_cursor(stream, name)
+            for name, cursor in list(stream.cursors.items()):
+                if not name.startswith(("mqtt:", "share:")) or name in names:
+                    continue
+                session = self.sessions.get(name[5:]) if name.startswith("mqtt:") else None
+                if session is not None and stream in session.feeds:
+                    continue
+                if session is not None and (session.client_id, stream.id) in under_way:
+                    session.feeds[stream] = Feed(stream, cursor, cursor.position)
+                else:
+                    self.journal.drop_cursor(stream, name)
 
     def connect(self, connect: Connect, client_id: str, expiry_s: int | None, outlet: Outlet) -> tuple[Session, bool]:
         """The client's session, and whether it was there before. Call `attach` once the client may be sent something.

@@ -212,3 +212,31 @@ def test_answers_of_several_kinds_in_one_piece_end_the_messages_they_are_for(sto
     story.exchange()
     assert payloads(sub) == [b"pub:%d" % n for n in range(1, 10)]
     assert not session.sent
+
+
+@pytest.mark.parametrize("qos", [1, 2])
+def test_a_cursor_of_what_was_unsubscribed_with_messages_under_way_holds_nothing_after_a_restart(
+    story: Story, qos: int
+) -> None:
+    """At QoS 2 the message is finished first (MQTT-3.10.4-3)."""
+    sub = story.client("sub")
+    sub.subscribe([("up/#", qos)])
+    pub = story.client("pub")
+    story.exchange()
+    pub.publish("up/x", 2, False)
+    arrive(pub)
+    story.world.commit_all()
+    sub.unsubscribe("up/#")
+    arrive(sub)
+    story.world.commit_all()
+    story.crash()
+    story.back(pub)
+    story.back(sub)
+    pub.publish("up/x", 1, False)
+    story.exchange()
+    story.world.write_cursors()
+    story.exchange()
+    stream = story.world.journal.streams["up"]
+    assert [c.position for c in stream.cursors.values() if c.kind == "mqtt"] == [stream.committed] * (qos - 1)
+    assert payloads(sub) == [b"pub:1"] * (qos - 1)
+    assert not story.table("mqtt_outgoing") or qos == 1
