@@ -361,7 +361,7 @@ class Journal:
         cursor = stream.cursors.get(name)
         if cursor is not None:
             return cursor
-        start = stream.next_seq if stream.cursors else stream.first_seq
+        start = self.cursor_start(stream)
         cursor = Cursor(0, name, kind, start, start, volatile)
         stream.cursors[name] = cursor
         if not volatile:
@@ -370,6 +370,10 @@ class Journal:
                 (stream.id, name, kind, start),
             )
         return cursor
+
+    def cursor_start(self, stream: Stream) -> int:
+        """Where a new cursor begins. Of what local apps said to one another nothing is held for who was not there."""
+        return stream.next_seq if stream.cursors or stream.direction == "local" else stream.first_seq
 
     def drop_cursor(self, stream: Stream, name: str) -> None:
         """Forget a consumer; what only it needed may go."""

@@ -240,3 +240,30 @@ def test_a_cursor_of_what_was_unsubscribed_with_messages_under_way_holds_nothing
     assert [c.position for c in stream.cursors.values() if c.kind == "mqtt"] == [stream.committed] * (qos - 1)
     assert payloads(sub) == [b"pub:1"] * (qos - 1)
     assert not story.table("mqtt_outgoing") or qos == 1
+
+
+@pytest.mark.parametrize("topic", ["up/x", "a/x"])
+def test_a_first_reader_of_a_stream_is_given_what_is_retained_in_it(story: Story, topic: str) -> None:
+    pub = story.client("pub")
+    pub.publish(topic, 1, True)
+    story.exchange()
+    sub = story.client("sub")
+    sub.subscribe([(topic, 1)])
+    story.exchange()
+    assert [(got.payload, got.retain) for got in sub.log] == [(b"pub:1", True)]
+
+
+def test_a_new_group_is_not_given_what_was_said_before_it(story: Story) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("a/#", 1)])
+    pub = story.client("pub")
+    story.exchange()
+    pub.publish("a/x", 1, False)
+    arrive(pub)
+    story.world.commit_all()
+    sub.read(1)
+    sub.answer(lambda n: 0, 1)
+    sub.unsubscribe("a/#")
+    sub.subscribe([("$share/g/a/#", 1)])
+    story.exchange()
+    assert payloads(sub) == [b"pub:1"]
