@@ -280,7 +280,7 @@ class Broker:
         if session.durable:
             self.journal.execute("DELETE FROM mqtt_session WHERE client_id = ?", (session.client_id,))
         self._subscriptions_changed()
-        will = self.wills.forget(session.client_id)
+        will = self.wills.get(session.client_id)
         if will is not None:
             self._publish_will(will)
 
@@ -329,19 +329,22 @@ class Broker:
         """Publish the wills that are due; have the next one scheduled."""
         now = self.journal.age_us()
         for will in self.wills.due(now):
-            self.wills.forget(will.client_id)
             self._publish_will(will)
         due = self.wills.next_due()
         if due is not None:
             self.schedule(max(0.0, (due - now) / 1e6))
 
     def _publish_will(self, will: Testament) -> None:
-        log.info("will published", extra={"client": will.client_id, "topic": will.topic})
+        log.info("will is due", extra={"client": will.client_id, "topic": will.topic})
         try:
             self.publish(will.topic, will.qos, will.retain, will.payload, will.properties, self.journal.age_us())
         except JournalFull as error:
+            if self.journal.disk_full:
+                self.wills.postpone(will)
+                return
             log.error("will lost", extra={"client": will.client_id, "topic": will.topic, "error": error.reason})
             self.journal.lose(error.stream, 0, "will-refused", len(will.payload), will.client_id)
+        self.wills.published(will)
 
     # ------------------------------------------------------------------ subscriptions
 
@@ -380,14 +383,11 @@ class Broker:
         return codes, retained
 
     def _since(self, session: Session, filter_: str) -> dict[str, int]:
-        """From where on a new subscription counts: from the next message, where the session reads already.
-
-        A stream that it begins to read it reads from where its cursor begins: what is held for a first reader counts.
-        """
+        """From where on a new subscription counts: from the next message; what is held for a first reader counts."""
         return {
-            stream.name: stream.next_seq
+            stream.name: stream.next_seq if stream in session.feeds else self.journal.cursor_start(stream)
             for stream, filters in self._filters.items()
-            if (stream in session.feeds or stream is self.local) and any(filters_overlap(filter_, f) for f in filters)
+            if any(filters_overlap(filter_, f) for f in filters)
         }
 
     def owe_retained(self, session: Session, filters: list[str]) -> bool:
