@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.mqtt.codec import Disconnect, DisconnectProperties
+from gateway.sessions import AHEAD_ROWS_MAX, PUMP_ROWS_MAX
 from tests.simulation.mqtt_model import V3, V5, Client
 from tests.simulation.mqtt_world import World
 
@@ -267,3 +268,113 @@ def test_a_new_group_is_not_given_what_was_said_before_it(story: Story) -> None:
     sub.subscribe([("$share/g/a/#", 1)])
     story.exchange()
     assert payloads(sub) == [b"pub:1"]
+
+
+def test_what_was_sent_at_qos_0_behind_an_unacknowledged_message_is_not_sent_again(story: Story) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("a/#", 1)])
+    pub = story.client("pub")
+    story.exchange()
+    for qos in (1, 0):
+        pub.publish("a/x", qos, False)
+    arrive(pub)
+    story.world.commit_all()
+    sub.read(2)
+    story.cut(sub)
+    story.back(sub)
+    assert payloads(sub) == [b"pub:1", b"pub:2", b"pub:1"]
+
+
+def test_a_client_that_was_away_gets_what_stands_behind_many_rows_that_it_does_not_want(story: Story) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("a/#", 1)])
+    other = story.client("other")
+    other.subscribe([("b/#", 0)])
+    shared = story.client("shared")
+    shared.subscribe([("$share/g/a/#", 1)])
+    story.exchange()
+    story.cut(sub)
+    story.cut(shared)
+    broker = story.world.broker
+    for topic, count in (("a/x", 1), ("b/x", 3 * PUMP_ROWS_MAX), ("a/x", 1)):
+        for n in range(count):
+            broker.publish(topic, 1, False, b"%d" % n, None, 0)
+        story.world.commit_all()
+    story.back(sub)
+    story.back(shared)
+    for _ in range(4):
+        story.world.write_cursors()
+        story.exchange()
+    assert payloads(sub) == [b"0", b"0"]
+    assert payloads(shared) == [b"0", b"0"]
+
+
+def test_how_far_a_client_may_run_ahead_of_a_message_that_it_does_not_acknowledge_is_bounded(story: Story) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("a/#", 1)])
+    story.exchange()
+    broker = story.world.broker
+    for _ in range(3 * AHEAD_ROWS_MAX):
+        broker.publish("a/x", 1, False, b"", None, 0)
+    story.world.commit_all()
+    (feed,) = broker.sessions["sub"].feeds.values()
+    sub.read(1)
+    first = sub.answers.pop()
+    for _ in range(2 * AHEAD_ROWS_MAX):
+        if not sub.read(1000):
+            break
+        sub.answer(lambda n: 0, 1000)
+        arrive(sub)
+    assert len(feed.order) == AHEAD_ROWS_MAX
+    sub.answers.append(first)
+    story.exchange()
+    assert len(sub.log) == 3 * AHEAD_ROWS_MAX
+    assert not feed.order
+
+
+def test_a_cursor_moves_over_what_nobody_wants_although_its_client_came_and_went(story: Story) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("a/#", 1)])
+    other = story.client("other")
+    other.subscribe([("b/#", 1)])
+    story.exchange()
+    other.publish("b/x", 1, False)
+    story.exchange()
+    story.cut(sub)
+    story.back(sub)
+    story.world.write_cursors()
+    story.exchange()
+    local = story.world.broker.local
+    assert {c.position for c in local.cursors.values()} == {local.committed}
+
+
+def test_a_message_of_qos_2_that_is_gone_is_released_before_its_id_is_used_again(story: Story) -> None:
+    """A client that has the id would take the next message under it for a repeat."""
+    sub = story.client("sub", window=1)
+    sub.subscribe([("a/#", 2)])
+    pub = story.client("pub")
+    story.exchange()
+    pub.publish("a/x", 2, False)
+    arrive(pub)
+    story.world.commit_all()
+    story.world.commit_all()
+    sub.read(1)
+    assert sub.store
+    story.cut(sub)
+    journal = story.world.journal
+    local = story.world.broker.local
+    journal.drop_before(local, local.next_seq, "drop-oldest")
+    story.world.commit_all()
+    story.exchange()
+    pub.publish("a/x", 2, False)
+    story.exchange()
+    story.back(sub)
+    assert payloads(sub) == [b"pub:1", b"pub:2"]
+    assert not sub.store and not story.table("mqtt_outgoing")
+
+
+def test_no_two_groups_share_a_cursor(story: Story) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("$share/a:b/c", 1), ("$share/a/b:c", 1)])
+    story.exchange()
+    assert len([c for c in story.world.broker.local.cursors.values()]) == 2
