@@ -1053,6 +1053,11 @@ class Journal:
             _add(pending.unnumbered, which, sums)
         again = keep_waiting and not batch.appended
         pending.statements[:0] = [each for each in batch.statements if again or not each[2]]
+        # The seqs are spent: a new cursor or subscription may count from behind them. After a restart they must not
+        # be given to messages that it would then take for old ones.
+        for stream in batch.appended:
+            spent = "UPDATE stream SET next_seq = max(next_seq, ?) WHERE id = ?"
+            pending.statements.insert(0, (spent, (stream.next_seq, stream.id), False))
         for cursor in batch.cursors:
             owner = next((s for s in self.streams.values() if s.cursors.get(cursor.name) is cursor), None)
             if owner is not None:  # else dropped meanwhile

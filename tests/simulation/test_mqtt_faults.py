@@ -378,3 +378,24 @@ def test_no_two_groups_share_a_cursor(story: Story) -> None:
     sub.subscribe([("$share/a:b/c", 1), ("$share/a/b:c", 1)])
     story.exchange()
     assert len([c for c in story.world.broker.local.cursors.values()]) == 2
+
+
+def test_a_subscription_made_after_a_failed_commit_misses_nothing_after_a_restart(story: Story) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("a/#", 1)])
+    pub = story.client("pub")
+    story.exchange()
+    for _ in range(3):
+        pub.publish("a/x", 1, False)
+    arrive(pub)
+    story.world.begin()
+    story.world.fail(no_space=False)
+    sub.subscribe([("b/#", 1), ("$share/g/b/#", 1)])
+    arrive(sub)
+    story.world.commit_all()
+    story.crash()
+    story.back(pub)
+    story.back(sub)
+    pub.publish("b/x", 1, False)
+    story.exchange()
+    assert payloads(sub) == [b"pub:1", b"pub:2", b"pub:3", b"pub:4", b"pub:4"]
