@@ -129,6 +129,7 @@ class Client:
     asked: dict[int, tuple[Held, ...]] = field(default_factory=dict)
     leaving: set[int] = field(default_factory=set)
     wills: list[LastWill] = field(default_factory=list)
+    cleanly: set[int] = field(default_factory=set)
     next_id: int = 1
     count: int = 0
     topics: dict[int, str] = field(default_factory=dict)
@@ -149,7 +150,7 @@ class Client:
                 if will.connection == connection:
                     will.accepted = True
                 elif will.connection < connection and will.fate is None:
-                    self._decide(will, packet.session_present)
+                    self._decide(will, packet.session_present, connection)
         if connection != self.connections or self.wire is None:
             return  # left behind
         if not self.opened:
@@ -169,11 +170,13 @@ class Client:
         # After a crash it can't tell what it had meant to send from what it sent.
         assert not packet.dup or first < connection or self.world.crashes, f"{self.name}: DUP on a first delivery of {packet.payload!r}"
 
-    def _decide(self, will: LastWill, present: bool) -> None:
+    def _decide(self, will: LastWill, present: bool, connection: int) -> None:
         if will.lost_at_s is None:  # the connection it was for is being taken over
             will.lost_at_s = self.world.now
         left_s = will.lost_at_s + will.delay_s - self.world.now
-        if not present or not will.delay_s:
+        if will.delay_s and any(n not in self.cleanly for n in range(will.connection + 1, connection)):
+            will.fate = "either"  # one that had no CONNACK may have been in time
+        elif not present or not will.delay_s:
             will.fate = "must" if will.accepted else "either"
         elif left_s > 1 and will.accepted:
             will.fate = "not"
@@ -204,13 +207,13 @@ class Client:
                 receive_maximum=self.receive_maximum,
                 topic_alias_maximum=self.alias_maximum or None,
             )
-        # 3.1.1 has one flag for both: a clean session ends with its connection.
-        clean_flag = self.clean
+        if self.clean:
+            self.cleanly.add(connection)
         self.wire = self.world.connect(self.version, lambda packet: self.judge(connection, packet))
         if testament is not None:
             assert will is not None
             self.wills.append(LastWill(will[0], will[2] if self.version == V5 and self.durable else 0, self.wire, connection))
-        self.wire.send(Connect(self.version, self.name, clean_flag, 0, will=testament, properties=properties_))
+        self.wire.send(Connect(self.version, self.name, self.clean, 0, will=testament, properties=properties_))
 
     def forget_connection(self) -> None:
         """What belongs to a connection goes with it; what belongs to the session stays."""
