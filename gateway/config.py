@@ -391,6 +391,14 @@ class Outbound(_Table):
     max_messages: Count = 1_000_000
     when_full: Literal["refuse", "drop-oldest"] = "refuse"
     ttl_s: Annotated[float, _seconds(0.001, 4294967.295)] | None = Field(default=None, alias="ttl", examples=["1h"])
+    reply_to: Annotated[str, _template("gateway")] | None = Field(default=None, examples=["edge.{gateway}.replies"])
+    reply_timeout_s: Annotated[float, _seconds(1, 30 * 86400)] = Field(
+        default=300.0, alias="reply_timeout", examples=["5m"]
+    )
+
+    def reply_to_for(self, gateway: str) -> str | None:
+        """The reply address with its placeholder filled; it is that of an inbound stream of the same hub."""
+        return None if self.reply_to is None else fill(self.reply_to, gateway=gateway)
 
     def address_for(self, gateway: str) -> str:
         """The address with its placeholders filled."""
@@ -693,6 +701,12 @@ def _explain_outbound(outbound: Outbound, config: Config) -> list[str]:
         f"{outbound.address_for(config.gateway.id)}, up to {show_size(outbound.max_bytes)} and "
         f"{outbound.max_messages} messages{ttl}; when full, {_WHEN_FULL[outbound.when_full]}"
     ]
+    if outbound.reply_to is not None:
+        lines.append(
+            f"replies to requests on stream {outbound.stream} come in at "
+            f"{outbound.reply_to_for(config.gateway.id)}, for {show_duration(outbound.reply_timeout_s)} unless the "
+            "request itself says how long"
+        )
     if config.mqtt and outbound.max_bytes < 2 * config.mqtt.packet_max_bytes:
         lines.append(f"note: stream {outbound.stream} is full after one packet of packet_max")
     return lines

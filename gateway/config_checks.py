@@ -357,6 +357,35 @@ def _check_streams(raw: Mapping[str, Any], report: Report) -> None:
                 if "address" in table and addresses.setdefault(source, here) != here:
                     other = dotted(addresses[source])
                     report.add((*here, "address"), f"another address than that of {other}, of the same hub")
+    for number, table in _tables(raw, "outbound"):
+        _check_reply_to(("outbound", number), table, raw, report)
+
+
+def _check_reply_to(here: KeyPath, table: Mapping[str, Any], raw: Mapping[str, Any], report: Report) -> None:
+    """Replies come in where an inbound stream of the same hub receives."""
+    reply_to = table.get("reply_to")
+    if reply_to is None and "reply_timeout" in table:
+        report.add((*here, "reply_to"), "it beside `reply_timeout`", report.example((*here, "reply_to")), missing=True)
+    if not isinstance(reply_to, str):
+        return
+    gateway = _table(raw, "gateway").get("id")
+    addresses = {
+        _filled(each["address"], gateway, each.get("stream")): each["address"]
+        for _, each in _tables(raw, "inbound")
+        if isinstance(each.get("address"), str) and each.get("hub") == table.get("hub")
+    }
+    if _filled(reply_to, gateway, None) in addresses:
+        return
+    near = difflib.get_close_matches(reply_to, addresses, 1, 0.5)
+    there = f"this hub has {', '.join(addresses)}" if addresses else "this hub has none"
+    expected = f"the address of an [[inbound]] of the same hub, where replies can come in ({there})"
+    loc: KeyPath = (*here, "reply_to")
+    report.add(loc, expected, assign(loc, json.dumps(near[0])) if near else "an [[inbound]] with this address")
+
+
+def _filled(template: str, gateway: Any, stream: Any) -> str:
+    filled = template.replace("{gateway}", gateway) if isinstance(gateway, str) else template
+    return filled.replace("{stream}", stream) if isinstance(stream, str) else filled
 
 
 def _hub_names(raw: Mapping[str, Any]) -> list[str] | None:

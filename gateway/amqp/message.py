@@ -25,6 +25,9 @@ ANNOTATION_RETAIN = "x-opt-retain-message"
 ANNOTATION_ID = "x-opt-lineside-id"
 # MQTT user properties in full, where a name occurs twice and a map cannot hold them: [name, value, name, value, ...].
 ANNOTATION_USER_PROPERTIES = "x-opt-lineside-user-properties"
+# [gateway, response topic, correlation data]: what that gateway's MQTT apps are given in place of reply-to and
+# correlation-id, which belong to the hub's apps.
+ANNOTATION_REQUEST = "x-opt-lineside-request"
 
 DEPTH_MAX = 16
 TTL_MS_MAX = 0xFFFFFFFF
@@ -171,13 +174,13 @@ def _properties(
     to: str | None,
     subject: str | None,
     reply_to: str | None,
-    correlation_id: bytes | None,
+    correlation_id: MessageId,
     content_type: str | None,
 ) -> bytes:
     """The properties section; message_id is given encoded, so that a template may leave a gap in it."""
     items = [message_id, b"\x40"]
     items += [b"\x40" if text is None else _str(text) for text in (to, subject, reply_to)]
-    items.append(b"\x40" if correlation_id is None else _bin(correlation_id))
+    items.append(_id(correlation_id))
     # content-type is a symbol, thus ASCII; MQTT allows UTF-8 there, which we can only drop.
     items.append(_sym(content_type) if content_type and content_type.isascii() else b"\x40")
     while items[-1] == b"\x40" and len(items) > 1:
@@ -189,6 +192,11 @@ def _user_properties(items: Iterable[tuple[str, Any]]) -> bytes:
     pairs = dict(items)
     body = b"".join(_str(key) + _any(value) for key, value in pairs.items())
     return b"\x00\x53\x74" + _compound(0xC1, 0xD1, 2 * len(pairs), body) if pairs else b""
+
+
+def message_id(gateway: str, epoch: int | str, stream: int | str, seq: int) -> str:
+    """The identity that a message of ours carries; what `Template` writes as its message-id."""
+    return f"{gateway}:{epoch}:{stream}:{seq:012x}"
 
 
 class Template:
@@ -212,7 +220,7 @@ class Template:
         *,
         content_type: str | None = None,
         reply_to: str | None = None,
-        correlation_id: bytes | None = None,
+        correlation_id: MessageId = None,
         user_properties: Sequence[tuple[str, str]] = (),
         annotations: Mapping[str, Any] | None = None,
         duplicate_property: str | None = None,
@@ -263,7 +271,7 @@ def encode(
     to: str | None = None,
     subject: str | None = None,
     reply_to: str | None = None,
-    correlation_id: bytes | None = None,
+    correlation_id: MessageId = None,
     content_type: str | None = None,
     ttl_ms: int | None = None,
     application_properties: Mapping[str, Any] | Sequence[tuple[str, Any]] = (),

@@ -39,6 +39,7 @@ from gateway.amqp.sasl import SaslClient
 from gateway.config import Hub, HubUrl, Inbound, Outbound
 from gateway.errors import PeerError
 from gateway.mqtt.topics import check_topic
+from gateway.replies import Inlet, Requests
 from gateway.uplink.drain import Drain
 from gateway.uplink.intake import Intake, Retain
 from gateway.uplink.state import ATTEMPTS_MAX, Failure, LinkState, State
@@ -80,8 +81,10 @@ class HubLink:
         journal: Journal,
         kick: Callable[[], None],
         retain: Retain | None = None,
+        requests: Requests | None = None,
     ) -> None:
         self._retain = retain
+        self._requests = requests
         self.hub = hub
         self.gateway = gateway
         self.journal = journal
@@ -355,8 +358,9 @@ class HubLink:
             assert isinstance(way.config, Inbound)
             place = self._place(way.config, way.stream)
             link.whole_windows = self.hub.kind == "rabbitmq"
+            inlet = None if self._requests is None else Inlet(self._requests, self.gateway, way.stream)
             way.intake = Intake(
-                self.journal, link, way.config.credit, place, self._flush, self.state.settled, self._retain
+                self.journal, link, way.config.credit, place, self._flush, self.state.settled, self._retain, inlet
             )
 
     def _place(self, config: Inbound, stream: Stream) -> Callable[[Message], tuple[Stream, str]]:
