@@ -87,7 +87,10 @@ class Broker:
         return local
 
     def _router(self) -> Router:
-        return Router(self.config, self.journal.streams, self.local, self.journal.epoch_token, self._read_locally, self.requests)
+        journal = self.journal
+        return Router(
+            self.config, journal.streams, self.local, journal.epoch_token, self._read_locally, self.requests
+        )
 
     def reload(self, config: Config) -> None:
         """Take over new routes and limits; sessions stay and read new streams, too."""
@@ -349,7 +352,7 @@ class Broker:
             share, inner = split_shared(filter_)
             granted = qos if share is None else min(qos, SHARED_QOS_MAX)
             old = session.subscriptions.get(filter_)
-            since = old.since if old is not None else self._since(session, inner)
+            since = old.since if old is not None else self._since(session, inner, share is not None)
             session.suspended.pop(filter_, None)
             self._subscribed(session, filter_, granted, options, identifier, since)
             if share is None:
@@ -370,15 +373,17 @@ class Broker:
         self._subscriptions_changed()
         return codes, retained
 
-    def _since(self, session: Session, filter_: str) -> dict[str, int]:
+    def _since(self, session: Session, filter_: str, shared: bool) -> dict[str, int]:
         """From where on a new subscription counts: from the next message, where the session reads already.
 
         A stream that it begins to read it reads from where its cursor begins: what is held for a first reader counts.
+        What a group reads begins where the group's cursor stands, whoever joins it.
         """
         return {
-            stream.name: stream.next_seq
+            stream.name: stream.next_seq if stream.cursors or stream is self.local else stream.first_seq
             for stream, filters in self._filters.items()
-            if (stream in session.feeds or stream is self.local) and any(filters_overlap(filter_, f) for f in filters)
+            if (not shared or stream in session.feeds or stream is self.local)
+            and any(filters_overlap(filter_, f) for f in filters)
         }
 
     def owe_retained(self, session: Session, filters: list[str]) -> bool:
@@ -467,7 +472,7 @@ class Broker:
         gone = [f for f in session.subscriptions if f in forbidden]
         for filter_ in back:
             s = session.suspended.pop(filter_)
-            since = self._since(session, s.filter)
+            since = self._since(session, s.filter, s.share is not None)
             self._subscribed(session, filter_, s.qos, s.options, s.identifier, since)
             if s.share is not None:
                 self._feed_share(session.groups[filter_])
