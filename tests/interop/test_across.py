@@ -434,6 +434,7 @@ def test_a_request_that_expires_in_the_tunnel_is_not_sent_and_a_late_reply_is_an
     ask = {"ResponseTopic": "app/1/answers", "CorrelationData": b"1"}
     train.publish("ask/late", b"?", MessageExpiryInterval=3, **ask)
     late = app.take(receiver)
+    harness.wait_until(lambda: rig.daemon.waiting("requests") == 0, WAIT_S, "the request settled by the hub")
     rig.line.cut(Line.CLOSED)
     harness.wait_until(lambda: rig.daemon.hub_state() != "up", WAIT_S, "the cut noticed")
     train.publish("ask/lost", b"?", MessageExpiryInterval=1, **ask)
