@@ -88,9 +88,7 @@ class Broker:
 
     def _router(self) -> Router:
         journal = self.journal
-        return Router(
-            self.config, journal.streams, self.local, journal.epoch_token, self._read_locally, self.requests
-        )
+        return Router(self.config, journal.streams, self.local, journal.epoch_token, self._read_locally, self.requests)
 
     def reload(self, config: Config) -> None:
         """Take over new routes and limits; sessions stay and read new streams, too."""

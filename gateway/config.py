@@ -78,6 +78,7 @@ __all__ = [
 ]
 
 CONFIG_MAX_BYTES = 4 << 20
+REQUESTER = "{requester}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -383,7 +384,7 @@ class Outbound(_Table):
         min_length=1, max_length=1000, description="the topics it takes", examples=[["alarm/#"]]
     )
     hub: Name = Field(description="the name of a [[hub]]", examples=["depot"])
-    address: Annotated[str, _template("gateway", "stream")] = Field(
+    address: Annotated[str, _template("gateway", "stream", "requester")] = Field(
         description="the hub's address to send to", examples=["edge.{gateway}.alarms"]
     )
     class_: Literal["urgent", "normal", "bulk"] = Field(default="normal", alias="class")
@@ -396,13 +397,18 @@ class Outbound(_Table):
         default=300.0, alias="reply_timeout", examples=["5m"]
     )
 
+    @property
+    def answers(self) -> str | None:
+        """What the topics begin with that go to the reply-to of a request from the hub; None of any other stream."""
+        return self.topics[0][:-1] if self.address == REQUESTER else None
+
     def reply_to_for(self, gateway: str) -> str | None:
         """The reply address with its placeholder filled; it is that of an inbound stream of the same hub."""
         return None if self.reply_to is None else fill(self.reply_to, gateway=gateway)
 
     def address_for(self, gateway: str) -> str:
         """The address with its placeholders filled."""
-        return fill(self.address, gateway=gateway, stream=self.stream)
+        return fill(self.address, gateway=gateway, stream=self.stream, requester="(reply-to)")
 
 
 class Inbound(_Table):
@@ -701,6 +707,13 @@ def _explain_outbound(outbound: Outbound, config: Config) -> list[str]:
         f"{outbound.address_for(config.gateway.id)}, up to {show_size(outbound.max_bytes)} and "
         f"{outbound.max_messages} messages{ttl}; when full, {_WHEN_FULL[outbound.when_full]}"
     ]
+    if outbound.answers is not None:
+        lines.append(
+            f"requests from {outbound.hub} reach local apps with a response topic below {outbound.answers}; what they "
+            "publish there goes to the request's reply-to"
+        )
+        if config.hub(outbound.hub).kind == "rabbitmq":
+            lines.append(f"note: RabbitMQ before 4.0 has no anonymous terminus, which stream {outbound.stream} needs")
     if outbound.reply_to is not None:
         lines.append(
             f"replies to requests on stream {outbound.stream} come in at "

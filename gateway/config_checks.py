@@ -359,6 +359,27 @@ def _check_streams(raw: Mapping[str, Any], report: Report) -> None:
                     report.add((*here, "address"), f"another address than that of {other}, of the same hub")
     for number, table in _tables(raw, "outbound"):
         _check_reply_to(("outbound", number), table, raw, report)
+    _check_answers(raw, report)
+
+
+def _check_answers(raw: Mapping[str, Any], report: Report) -> None:
+    """Answers to a hub's requests: one stream a hub, its one filter the prefix of all their topics."""
+    hubs: dict[str, KeyPath] = {}
+    for number, table in _tables(raw, "outbound"):
+        address, hub = table.get("address"), table.get("hub")
+        if not isinstance(address, str) or "{requester}" not in address:
+            continue
+        here: KeyPath = ("outbound", number)
+        if address != "{requester}":
+            report.add((*here, "address"), "{requester} alone, as it is a whole address", 'address = "{requester}"')
+        topics = table.get("topics")
+        found = [each for _, each in _strings(topics)]
+        prefix = found[0][:-2] if len(found) == 1 and found[0].endswith("/#") else ""
+        if isinstance(topics, list) and (not prefix or "+" in prefix):
+            expected = "one filter that ends with /# and has no other wildcard, for answers to requests of the hub"
+            report.add((*here, "topics"), expected, f'topics = ["reply/{hub}/#"]')
+        if isinstance(hub, str) and hubs.setdefault(hub, here) != here:
+            report.add((*here, "address"), f"no second stream for answers to {hub}, which {dotted(hubs[hub])} has")
 
 
 def _check_reply_to(here: KeyPath, table: Mapping[str, Any], raw: Mapping[str, Any], report: Report) -> None:

@@ -5,17 +5,21 @@ its reply-to and its own message-id as correlation-id, and the journal remembers
 in the commit that holds the request. Responders answer with the request's correlation-id or, as in JMS, with its
 message-id: both name the same request, and correlation data that two apps happen to share mix nothing up.
 
+The other way, a request of a hub's app has its reply-to turned into a topic that names address and kind of id.
+
 Knows no socket and no session. Times are microseconds on the journal's age clock.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import unquote
+from uuid import UUID
 
-from gateway.amqp.message import ANNOTATION_REQUEST, Message
+from gateway.amqp.message import ANNOTATION_REQUEST, Message, MessageId
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
 from storeforward.streams import Stream
@@ -167,34 +171,109 @@ class ReplyTo:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """A received message that answers a request: its topic here, and what it is annotated with."""
+class Arrival:
+    """A received message that is more than an ordinary one: what it is annotated with, and, of a reply, its topic."""
 
-    topic: str
     annotations: Mapping[str, Any]
-    request: Request
+    topic: str | None = None
+    request: Request | None = None
 
 
 class Inlet:
-    """One inbound stream, as far as replies come in on it."""
+    """One inbound stream, as far as replies and requests come in on it.
 
-    def __init__(self, requests: Requests, gateway: str, stream: Stream) -> None:
+    `answers`: the prefix of the topics whose messages go back to the reply-to of what came from this hub.
+    """
+
+    def __init__(self, requests: Requests, gateway: str, stream: Stream, answers: str | None = None) -> None:
         self.stream = stream
         self._requests = requests
         self._gateway = gateway
+        self._answers = answers
 
-    def reply(self, message: Message, age_us: int) -> Reply | None:
+    def look(self, message: Message, age_us: int) -> Arrival | None:
+        """None: an ordinary message."""
         request = self._requests.find(self.stream.name, message, age_us)
-        if request is None:
+        if request is not None:
+            topic = message.reply_to
+            if topic is not None and self._answers is not None:
+                topic = answer_topic(self._answers, "bytes", topic)
+            notes = {ANNOTATION_REQUEST: annotation(self._gateway, topic, request.correlation)}
+            return Arrival(notes, request.response_topic, request)
+        if message.reply_to is None or self._answers is None:
             return None
-        notes = {ANNOTATION_REQUEST: annotation(self._gateway, message.reply_to, request.correlation)}
-        return Reply(request.response_topic, notes, request)
+        # As JMS and others have it: an answer names the request's correlation-id or, where it has none, its message-id.
+        name = message.message_id if message.correlation_id is None else message.correlation_id
+        kind, correlation = _as_bytes(name)
+        topic = answer_topic(self._answers, kind, message.reply_to)
+        return Arrival({ANNOTATION_REQUEST: annotation(self._gateway, topic, correlation)})
 
-    def taken(self, reply: Reply) -> None:
-        """The reply is staged."""
-        self._requests.answered(reply.request)
+    def taken(self, arrival: Arrival) -> None:
+        """It is staged."""
+        if arrival.request is not None:
+            self._requests.answered(arrival.request)
 
 
 def annotation(gateway: str, response_topic: str | None, correlation: bytes | None) -> list[Any]:
     """The value of ANNOTATION_REQUEST."""
     return [gateway, response_topic, correlation]
+
+
+# ------------------------------------------------------------------ requests of the hub's apps, answered on this side
+#
+# An answer is published to PREFIX KIND / ADDRESS, which says all that there is to know: where it goes, and as what type
+# the hub's app knows its correlation-id. Nothing has to be remembered.
+
+
+def answer_topic(prefix: str, kind: str, address: str) -> str:
+    """The response topic that stands for a hub's reply address."""
+    for char in "%+#":
+        address = address.replace(char, f"%{ord(char):02X}")
+    return f"{prefix}{kind}/{address}"
+
+
+def answer_address(prefix: str, topic: str) -> tuple[str, str] | None:
+    """(kind, address) of a topic made by `answer_topic`; None if it is none."""
+    if not topic.startswith(prefix):
+        return None
+    kind, _, address = topic[len(prefix) :].partition("/")
+    if kind not in _READ or not address:
+        return None
+    return kind, unquote(address)
+
+
+def _as_bytes(name: MessageId) -> tuple[str, bytes | None]:
+    """An AMQP id as its kind and what MQTT apps are given as correlation data."""
+    match name:
+        case str():
+            return "text", name.encode()
+        case UUID():
+            return "uuid", str(name).encode()
+        case int():
+            return "number", str(name).encode()
+    return "bytes", name
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 1 << 64:
+        raise ValueError("an AMQP id is an unsigned number of 64 bits")
+    return number
+
+
+_READ: Mapping[str, Callable[[bytes], MessageId]] = {
+    "bytes": lambda data: data,
+    "text": lambda data: data.decode(),
+    "uuid": lambda data: UUID(data.decode()),
+    "number": lambda data: _number(data.decode()),
+}
+
+
+def as_kind(kind: str, correlation: bytes | None) -> MessageId:
+    """Correlation data as an AMQP id of that kind; as bytes where they are not what the request had."""
+    if correlation is None:
+        return None
+    try:
+        return _READ[kind](correlation)
+    except ValueError:
+        return correlation

@@ -21,7 +21,17 @@ from storeforward.errors import JournalError
 from storeforward.schema import SEQ_BITS, SEQ_MASK
 
 SUSPECT = "journal.suspect"
-SMALL_TABLES = ("meta", "stream", "cursor", "mqtt_session", "mqtt_subscription", "dead", "loss", "loss_total")
+SMALL_TABLES = (
+    "meta",
+    "stream",
+    "cursor",
+    "mqtt_session",
+    "mqtt_subscription",
+    "dead",
+    "loss",
+    "loss_total",
+    "request",
+)
 LOST_ROWS_MAX = 100_000
 
 

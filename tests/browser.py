@@ -73,7 +73,9 @@ class Browser:
         """Until the expression is true; navigation may take its page away meanwhile."""
         deadline = time.monotonic() + WAIT_S
         while not self.run(script):
-            assert time.monotonic() < deadline, f"{script}: not within {WAIT_S:g} s\n{self.run('document.body.innerText')}"
+            if time.monotonic() > deadline:
+                shown = self.run("document.body.innerText")
+                raise AssertionError(f"{script}: not within {WAIT_S:g} s\n{shown}")
             time.sleep(0.05)
 
     def _call(self, method: str, **params: Any) -> dict[str, Any]:

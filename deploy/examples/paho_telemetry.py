@@ -3,7 +3,7 @@
     python paho_telemetry.py [--port 1883] [--count 100]
 
 What matters to an app that must not lose anything:
-- QoS 1: publish() only queues; a message is safe once its PUBACK is here, and Lineside sends that after the disk has it.
+- QoS 1: publish() only queues. A message is safe once its PUBACK is here: Lineside sends that when the disk has it.
 - A session that outlives the connection (clean_start=False and an expiry): commands wait while the app is away.
 - A client id that stays the same: it is the name of that session.
 """

@@ -7,6 +7,7 @@ correlation-id is the request's correlation-id, or its message-id where there is
 """
 
 import argparse
+import contextlib
 from datetime import datetime
 
 from proton import Message
@@ -62,10 +63,8 @@ def main() -> None:
     arguments.add_argument("--url", default="amqp://127.0.0.1:5672")
     arguments.add_argument("--address", default="edge.requests")
     options = arguments.parse_args()
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         Container(Responder(options.url, options.address)).run()
-    except KeyboardInterrupt:
-        pass
 
 
 if __name__ == "__main__":

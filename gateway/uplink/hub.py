@@ -89,6 +89,7 @@ class HubLink:
         self.gateway = gateway
         self.journal = journal
         self._kick = kick
+        self._answers = next((o.answers for o in outbound if o.answers is not None), None)
         self._loop = asyncio.get_running_loop()
         self.state = LinkState(
             [str(u) for u in hub.urls], random.Random(), self._loop.time(), hub.retry_min_s, hub.retry_max_s
@@ -297,13 +298,16 @@ class HubLink:
         if engine.closing:
             return
         config, kind = way.config, self.hub.kind
-        address = config.address_for(self.gateway)
+        address: str | None = config.address_for(self.gateway)
         durable = kind in ("rabbitmq", "lineside")
+        queue: tuple[str, ...] = ("queue",) if kind == "artemis" else ()
+        if isinstance(config, Outbound) and config.answers is not None:
+            address, durable, queue = None, False, ()  # the anonymous terminus: each message says where to
         terminus = Terminus(
             address=address,
             durability=Durability.UNSETTLED_STATE if durable else Durability.NONE,
             expiry=Expiry.NEVER if durable else Expiry.SESSION_END,
-            capabilities=("queue",) if kind == "artemis" else (),
+            capabilities=queue,
         )
         name = f"lineside:{self.gateway}:{config.stream}"
         # Each link has a session of its own: some hubs end the whole session for one attach they do not like.
@@ -358,7 +362,9 @@ class HubLink:
             assert isinstance(way.config, Inbound)
             place = self._place(way.config, way.stream)
             link.whole_windows = self.hub.kind == "rabbitmq"
-            inlet = None if self._requests is None else Inlet(self._requests, self.gateway, way.stream)
+            inlet = None
+            if self._requests is not None:
+                inlet = Inlet(self._requests, self.gateway, way.stream, self._answers)
             way.intake = Intake(
                 self.journal, link, way.config.credit, place, self._flush, self.state.settled, self._retain, inlet
             )

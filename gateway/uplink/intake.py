@@ -34,8 +34,8 @@ class Intake:
     """`place(message)` says which stream and topic; raises PeerError to have the message rejected.
 
     `flush()` has what was settled sent; `accepted()` hears of every time that something was accepted; `retain` of each
-    message that asks to be retained, with its stream, seq, topic, bytes and expiry. `inlet`: what is a reply to a
-    request from this side goes where that asked for it, and not to its place.
+    message that asks to be retained, with its stream, seq, topic, bytes and expiry. `inlet` knows replies and requests:
+    a reply to a request from this side goes where that asked for it, and not to its place.
     """
 
     def __init__(
@@ -87,20 +87,23 @@ class Intake:
     def _append(self, handle: int, body: bytes) -> None:
         message = decode(body)
         who = identity(body)
-        reply = None if self._inlet is None else self._inlet.reply(message, self.journal.age_us())
-        if self._inlet is not None and reply is not None:
-            stream, topic = self._inlet.stream, reply.topic
-            body = annotate(body, reply.annotations)
+        arrival = None
+        if self._inlet is not None and not (message.correlation_id is None and message.reply_to is None):
+            arrival = self._inlet.look(message, self.journal.age_us())
+        if self._inlet is not None and arrival is not None and arrival.topic is not None:
+            stream, topic = self._inlet.stream, arrival.topic
         else:
             stream, topic = self._place(message)
+        if arrival is not None:
+            body = annotate(body, arrival.annotations)
         if who is not None and who in stream.seen:
             self.repeated += 1
             self.journal.wait_for(self, handle, stream, who)
         else:
             expires = None if message.ttl_ms is None else self.journal.age_us() + message.ttl_ms * 1000
             seq = self.journal.append(stream, topic, _as_it_came, body, expires, who)
-            if self._inlet is not None and reply is not None:
-                self._inlet.taken(reply)
+            if self._inlet is not None and arrival is not None:
+                self._inlet.taken(arrival)
             if self._retain is not None and message.annotations.get(ANNOTATION_RETAIN) is True:
                 self._retain(stream, seq, topic, body, expires)
             self.received += 1

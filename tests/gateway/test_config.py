@@ -174,6 +174,26 @@ WRONG = [
         [(11, "outbound[0].reply_to")] * 2,
         '"edge.{gateway}"',
     ),
+    ("edge.{gateway}.alarms", "edge.{requester}", [(12, "outbound[0].address")], 'address = "{requester}"'),
+    (
+        'topics = ["alarm/#"]\nhub = "depot"\naddress = "edge.{gateway}.alarms"',
+        'topics = ["+/depot/#"]\nhub = "depot"\naddress = "{requester}"',
+        [(10, "outbound[0].topics")],
+        'topics = ["reply/depot/#"]',
+    ),
+    (
+        'topics = ["alarm/#"]\nhub = "depot"\naddress = "edge.{gateway}.alarms"',
+        'topics = ["a/#", "b/#"]\nhub = "depot"\naddress = "{requester}"',
+        [(10, "outbound[0].topics")],
+        'topics = ["reply/depot/#"]',
+    ),
+    (
+        'topics = ["alarm/#"]\nhub = "depot"\naddress = "edge.{gateway}.alarms"\n',
+        'topics = ["a/#"]\nhub = "depot"\naddress = "{requester}"\n'
+        '[[outbound]]\nstream = "b"\ntopics = ["b/#"]\nhub = "depot"\naddress = "{requester}"\n',
+        [(17, "outbound[1].address")],
+        "",
+    ),
     (
         'hub = "depot"\naddress',
         'reply_timeout = "5m"\nhub = "depot"\naddress',
@@ -520,3 +540,13 @@ def test_replies_come_in_on_an_inbound_stream_of_the_same_hub() -> None:
     told = problems(elsewhere.replace('stream = "commands"\nhub = "depot"', 'stream = "commands"\nhub = "b"'))
     assert [each.key for each in told] == ["outbound[0].reply_to"]
     assert "this hub has none" in str(told[0])
+
+
+def test_answers_go_to_who_asked_and_rabbitmq_is_known_not_to_take_them() -> None:
+    answers = '[[outbound]]\nstream = "b"\ntopics = ["reply/#"]\nhub = "depot"\naddress = "{requester}"\n'
+    config = loads(GOOD + answers)
+    assert [out.answers for out in config.outbound] == [None, "reply/"]
+    assert any("response topic below reply/;" in line for line in explain(config))
+    assert not any("anonymous terminus" in line for line in explain(config))
+    rabbit = loads(GOOD.replace('name = "depot"', 'name = "depot"\nkind = "rabbitmq"') + answers)
+    assert any(line.startswith("note: RabbitMQ before 4.0") for line in explain(rabbit))

@@ -40,6 +40,11 @@ stream = "telemetry"
 topics = ["train/#"]
 hub = "depot"
 address = "edge.telemetry"
+[[outbound]]
+stream = "answers"
+topics = ["reply/depot/#"]
+hub = "depot"
+address = "{requester}"
 [[inbound]]
 stream = "replies"
 hub = "depot"
@@ -59,6 +64,7 @@ class Gateway:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.answers: str | None = "reply/depot/"
         self.boottime_s = 1000.0
         self.sent = 0
         self.open()
@@ -91,7 +97,7 @@ class Gateway:
         def place(message: Message) -> tuple[Any, str]:
             return home, f"{stream}/{message.subject or ''}"
 
-        inlet = Inlet(self.broker.requests, "loco", home)
+        inlet = Inlet(self.broker.requests, "loco", home, self.answers)
         intake = Intake(self.journal, wire.receiver, 100, place, lambda: None, inlet=inlet)
         wire.run()
         wire.sender.send([(self.sent + n, body) for n, body in enumerate(bodies)])
@@ -166,7 +172,8 @@ def test_a_reply_may_itself_ask_for_one(gateway: Gateway) -> None:
     gateway.receive(reply(sent.correlation_id, reply_to="centre/7"))
     (row,) = gateway.rows("replies")
     properties = gateway.broker.delivery(gateway.journal.streams["replies"], row).properties
-    assert properties == PublishProperties(response_topic="centre/7", correlation_data=b"\x00\xff")
+    topic = "reply/depot/bytes/centre/7"
+    assert properties == PublishProperties(response_topic=topic, correlation_data=b"\x00\xff")
 
 
 @pytest.mark.parametrize("correlation", [None, "loco:9:requests:1", b"\xff", 7, uuid.UUID(int=7)])
@@ -289,3 +296,85 @@ def test_a_reply_that_comes_twice_is_journaled_once(gateway: Gateway) -> None:
     gateway.receive(answer)
     gateway.receive(answer)
     assert len(gateway.delivered()) == 1
+
+
+# ------------------------------------------------------------------ requests from the hub
+
+
+def asked(gateway: Gateway, **fields: Any) -> PublishProperties | None:
+    """What an app here is given of a request."""
+    gateway.receive(encode(b"?", subject="state", **fields), stream="commands")
+    row = gateway.rows("commands")[-1]
+    assert row.topic == "commands/state"
+    return gateway.broker.delivery(gateway.journal.streams["commands"], row).properties
+
+
+IDS = [
+    ("text", "text", b"text"),
+    (b"\x00\xff", "bytes", b"\x00\xff"),
+    (b"", "bytes", b""),
+    (uuid.UUID(int=5), "uuid", b"00000000-0000-0000-0000-000000000005"),
+    (2**64 - 1, "number", b"18446744073709551615"),
+    (0, "number", b"0"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "data"), IDS)
+@pytest.mark.parametrize("address", ["answers", "/queue/a%2F+#/b", "temp://ü"])
+def test_an_answer_goes_to_the_reply_to_and_names_its_request_as_that_does_itself(
+    gateway: Gateway, name: Any, kind: str, data: bytes, address: str
+) -> None:
+    for fields in ({"correlation_id": name, "message_id": "another"}, {"message_id": name}):
+        request = asked(gateway, reply_to=address, **fields)
+        assert request is not None
+        assert request.correlation_data == data
+        assert request.response_topic is not None
+        assert request.response_topic.startswith(f"reply/depot/{kind}/")
+        gateway.broker.publish(
+            request.response_topic,
+            1,
+            False,
+            b"!",
+            PublishProperties(correlation_data=request.correlation_data),
+            gateway.journal.age_us(),
+        )
+        gateway.journal.commit_now()
+        answer = decode(gateway.rows("answers")[-1].body)
+        assert (answer.to, answer.correlation_id) == (address, name)
+        assert type(answer.correlation_id) is type(name)
+
+
+@pytest.mark.parametrize("kind", ["uuid", "number", "text"])
+def test_correlation_data_that_are_not_the_requests_travel_as_bytes(gateway: Gateway, kind: str) -> None:
+    wrong = PublishProperties(correlation_data=b"\xff-1")
+    gateway.broker.publish(f"reply/depot/{kind}/a", 1, False, b"!", wrong, gateway.journal.age_us())
+    gateway.broker.publish(f"reply/depot/{kind}/a", 1, False, b"!", None, gateway.journal.age_us())
+    gateway.journal.commit_now()
+    assert [decode(row.body).correlation_id for row in gateway.rows("answers")] == [b"\xff-1", None]
+
+
+@pytest.mark.parametrize("topic", ["reply/depot", "reply/depot/a", "reply/depot/text/", "reply/depot/word/a"])
+def test_a_topic_that_is_no_way_back_stays_local(gateway: Gateway, topic: str) -> None:
+    gateway.broker.publish(topic, 1, False, b"!", None, gateway.journal.age_us())
+    assert gateway.rows("answers") == []
+    assert gateway.broker.router.route(topic, 1).stream is gateway.broker.local
+
+
+def test_without_such_a_stream_the_reply_to_is_the_response_topic(gateway: Gateway) -> None:
+    gateway.answers = None
+    assert asked(gateway, reply_to="answers", correlation_id="1") == PublishProperties(
+        response_topic="answers", correlation_data=b"1"
+    )
+
+
+def test_what_mqtt_can_not_say_is_left_out_and_the_rest_arrives(gateway: Gateway) -> None:
+    gateway.answers = None
+    found = asked(
+        gateway,
+        reply_to="a/+/#",
+        correlation_id="x" * 65536,
+        content_type="text/plain",
+        application_properties={"nul\0": "a\0b", "long": "x" * 65536, "wide": "ü" * 32768, "fits": "ü" * 32767},
+    )
+    pairs = (("nul\ufffd", "a\ufffdb"), ("fits", "ü" * 32767))
+    assert found == PublishProperties(content_type="text/plain", user_property=pairs)

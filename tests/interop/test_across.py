@@ -48,6 +48,11 @@ topics = ["train/#"]
 hub = "centre"
 address = "{prefix}telemetry"
 [[outbound]]
+stream = "fixed"
+topics = ["{prefix}fixed"]
+hub = "centre"
+address = "{prefix}fixed"
+[[outbound]]
 stream = "requests"
 topics = ["ask/#"]
 hub = "centre"
@@ -71,6 +76,14 @@ id = "centre"
 state_dir = "{state}"
 [amqp]
 listen = ["127.0.0.1:{port}"]
+"""
+
+ANSWERS = """
+[[outbound]]
+stream = "answers"
+topics = ["reply/centre/#"]
+hub = "centre"
+address = "{requester}"
 """
 
 _numbers = itertools.count()
@@ -207,6 +220,8 @@ def rig(hub: tuple[str, int], tmp_path: Path) -> Iterator[Rig]:
     line = harness.BrokenLine(loop, port)
     mqtt = parts.free_port()
     config = CONFIG.format(state=tmp_path / "state", mqtt=mqtt, line=line.port, kind=kind, prefix=prefix)
+    if kind == "artemis":
+        config += ANSWERS
     daemon = harness.Daemon(tmp_path, config)
     rig = Rig(kind, prefix, mqtt, port, daemon, line, [])
     with harness.closing(daemon, line, loop):
@@ -448,3 +463,75 @@ def test_a_request_that_expires_in_the_tunnel_is_not_sent_and_a_late_reply_is_an
     got = [(m.topic, m.payload) for m in (train.take(), train.take())]
     assert got == [("unmatched/", b"too late"), ("app/1/answers", b"in time")]
     assert rig.daemon.status()["losses"] == 1
+
+
+# ------------------------------------------------------------------ a request from the hub
+
+
+@pytest.mark.parametrize("hub", ["artemis"], indirect=True)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["a queue", "a dynamic address"])
+def test_an_mqtt_app_answers_requests_of_an_amqp_app(rig: Rig, dynamic: bool) -> None:
+    app, train = rig.app(), rig.train("commands/#")
+    if dynamic:
+        receiver = app.connection.create_receiver(None, credit=100, dynamic=True)
+        address = receiver.link.remote_source.address
+    else:
+        address = rig.prefix + "answers+100%"
+        receiver = app.receiver(address)
+    # Each: what the request names itself by, and what its answer has to name.
+    names: list[tuple[dict[str, Any], Any]] = [
+        ({"id": "text"}, "text"),
+        ({"id": "an id", "correlation_id": "text"}, "text"),
+        ({"id": uuid.UUID(int=5)}, uuid.UUID(int=5)),
+        ({"id": proton.ulong(7)}, 7),
+        ({"id": b"\x00\xff"}, b"\x00\xff"),
+    ]
+    for fields, _ in names:
+        request = proton.Message(body=b"?", inferred=True, subject="state", reply_to=address, durable=True, **fields)
+        app.send(rig.prefix + "commands", request)
+    requests = [train.take() for _ in names]
+    assert {request.topic for request in requests} == {"commands/state"}
+    # Nothing has to be remembered between request and answer.
+    rig.daemon.kill()
+    rig.line.cut(Line.CLOSED)
+    rig.daemon.start()
+    harness.wait_until(train.client.is_connected, WAIT_S, "the app back")
+    for number, request in enumerate(requests):
+        asked = request.properties
+        train.publish(asked.ResponseTopic, b"answer %d" % number, CorrelationData=asked.CorrelationData)
+    rig.line.restore()
+    for number, (_, name) in enumerate(names):
+        message = app.take(receiver)
+        correlation = message.correlation_id
+        assert bytes(message.body) == b"answer %d" % number
+        assert (bytes(correlation) if isinstance(name, bytes) else correlation) == name
+
+
+@pytest.mark.parametrize("hub", ["artemis"], indirect=True)
+def test_an_answer_to_an_address_that_is_gone_holds_up_no_other(rig: Rig) -> None:
+    app, train = rig.app(), rig.train("commands/#")
+    receiver = app.connection.create_receiver(None, credit=100, dynamic=True)
+    address = receiver.link.remote_source.address
+    gone = app.connection.create_receiver(None, credit=1, dynamic=True)
+    nowhere = gone.link.remote_source.address
+    gone.close()
+    for reply_to in (nowhere, address):
+        app.send(rig.prefix + "commands", proton.Message(id=reply_to, reply_to=reply_to, subject="x", durable=True))
+    for _ in range(2):
+        request = train.take().properties
+        train.publish(request.ResponseTopic, b"!", CorrelationData=request.CorrelationData)
+    assert app.take(receiver).correlation_id == address
+    harness.wait_until(lambda: rig.daemon.waiting("answers") == 0, WAIT_S, "both settled")
+
+
+@HUBS
+def test_a_reply_address_that_is_known_beforehand_needs_no_more_than_a_stream(rig: Rig) -> None:
+    """The way that is left with RabbitMQ before 4.0, which has no anonymous terminus."""
+    app, train = rig.app(), rig.train("commands/#")
+    address = rig.prefix + "fixed"
+    receiver = app.receiver(address)
+    request = proton.Message(id="1", correlation_id=b"7", reply_to=address, subject="x", durable=True)
+    app.send(rig.prefix + "commands", request)
+    asked = train.take().properties
+    train.publish(asked.ResponseTopic, b"!", CorrelationData=asked.CorrelationData)
+    assert bytes(app.take(receiver).correlation_id) == b"7"

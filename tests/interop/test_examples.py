@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -22,7 +21,7 @@ from tests import parts
 from tests.browser import Browser
 from tests.conftest import require
 from tests.interop import harness
-from tests.interop.test_across import App, Train, said
+from tests.interop.test_across import Train, said
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 WAIT_S = 20.0
