@@ -7,6 +7,7 @@ AMQP message.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -212,17 +213,15 @@ def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, i
         yield kind, port
 
 
-@pytest.fixture
-def rig(hub: tuple[str, int], tmp_path: Path) -> Iterator[Rig]:
+@contextlib.contextmanager
+def rigged(hub: tuple[str, int], tmp_path: Path, more: str = "") -> Iterator[Rig]:
     kind, port = hub
     prefix = f"{'/queue/' if kind == 'rabbitmq' else ''}across.{next(_numbers)}."
     loop = harness.Loop()
     line = harness.BrokenLine(loop, port)
     mqtt = parts.free_port()
     config = CONFIG.format(state=tmp_path / "state", mqtt=mqtt, line=line.port, kind=kind, prefix=prefix)
-    if kind == "artemis":
-        config += ANSWERS
-    daemon = harness.Daemon(tmp_path, config)
+    daemon = harness.Daemon(tmp_path, config + more)
     rig = Rig(kind, prefix, mqtt, port, daemon, line, [])
     with harness.closing(daemon, line, loop):
         daemon.start()
@@ -232,6 +231,19 @@ def rig(hub: tuple[str, int], tmp_path: Path) -> Iterator[Rig]:
         finally:
             for each in reversed(rig.close_later):
                 each.close()
+
+
+@pytest.fixture
+def rig(hub: tuple[str, int], tmp_path: Path) -> Iterator[Rig]:
+    with rigged(hub, tmp_path) as rig:
+        yield rig
+
+
+@pytest.fixture
+def answering(hub: tuple[str, int], tmp_path: Path) -> Iterator[Rig]:
+    """A rig whose apps answer the hub's requests."""
+    with rigged(hub, tmp_path, ANSWERS) as rig:
+        yield rig
 
 
 HUBS = pytest.mark.parametrize("hub", ["lineside", "artemis", "rabbitmq"], indirect=True)
@@ -470,7 +482,8 @@ def test_a_request_that_expires_in_the_tunnel_is_not_sent_and_a_late_reply_is_an
 
 @pytest.mark.parametrize("hub", ["artemis"], indirect=True)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["a queue", "a dynamic address"])
-def test_an_mqtt_app_answers_requests_of_an_amqp_app(rig: Rig, dynamic: bool) -> None:
+def test_an_mqtt_app_answers_requests_of_an_amqp_app(answering: Rig, dynamic: bool) -> None:
+    rig = answering
     app, train = rig.app(), rig.train("commands/#")
     if dynamic:
         receiver = app.connection.create_receiver(None, credit=100, dynamic=True)
@@ -508,7 +521,8 @@ def test_an_mqtt_app_answers_requests_of_an_amqp_app(rig: Rig, dynamic: bool) ->
 
 
 @pytest.mark.parametrize("hub", ["artemis"], indirect=True)
-def test_an_answer_to_an_address_that_is_gone_holds_up_no_other(rig: Rig) -> None:
+def test_an_answer_to_an_address_that_is_gone_holds_up_no_other(answering: Rig) -> None:
+    rig = answering
     app, train = rig.app(), rig.train("commands/#")
     receiver = app.connection.create_receiver(None, credit=100, dynamic=True)
     address = receiver.link.remote_source.address
