@@ -197,6 +197,7 @@ class App:
                 self.journal,
                 self.committer.kick,
                 self.broker.retain_received,
+                self.broker.requests,
             )
             self._hubs.append(link)
             link.start()

@@ -18,6 +18,7 @@ from gateway.mqtt.delivery import Delivery
 from gateway.mqtt.mapping import ANNOTATION_SOURCE, append_with, template_with
 from gateway.mqtt.topics import split_shared
 from gateway.mqtt.tree import FilterTree
+from gateway.replies import Requests
 from gateway.retained import Retained, RetainedStore
 from gateway.routing import Router, filters_overlap, inbound_filter
 from gateway.sessions import Due, Feed, Item, Outlet, SentState, Session, ShareGroup, Subscription, Want
@@ -57,6 +58,7 @@ class Broker:
         self.shares: dict[tuple[str, str], ShareGroup] = {}
         self.retained = RetainedStore(journal, config.mqtt.retained_max if config.mqtt is not None else 0)
         self.wills = Wills(journal)
+        self.requests = Requests(journal)
         self.schedule: Callable[[float], None] = lambda delay_s: None
         self._tree: FilterTree[tuple[Reader, str]] = FilterTree()
         self._audiences: dict[tuple[int, str], dict[Reader, Want]] = {}
@@ -83,14 +85,15 @@ class Broker:
         for inbound in config.inbound:
             limits = StreamLimits(inbound.max_bytes, inbound.max_messages, seen_max=inbound.dedup)
             stream = journal.stream(inbound.stream, "inbound", limits)
-            self._filters[stream] = [inbound_filter(inbound, config.gateway.id)]
+            self._filters[stream] = [inbound_filter(inbound, config)]
         limits = StreamLimits(config.local.max_bytes, config.local.max_messages, WhenFull(config.local.when_full))
         local = journal.stream(LOCAL, "local", limits)
         self._filters[local] = ["#"]
         return local
 
     def _router(self) -> Router:
-        return Router(self.config, self.journal.streams, self.local, self.journal.epoch_token, self._read_locally)
+        journal = self.journal
+        return Router(self.config, journal.streams, self.local, journal.epoch_token, self._read_locally, self.requests)
 
     def reload(self, config: Config) -> None:
         """Take over new routes and limits; sessions stay and read new streams, too."""
@@ -335,6 +338,7 @@ class Broker:
         """What time brings: wills, and sessions that have expired."""
         self.expire_sessions()
         self.run_wills()
+        self.requests.expire(self.journal.age_us())
 
     def run_wills(self) -> None:
         """Publish the wills that are due; have the next one scheduled."""
@@ -617,7 +621,7 @@ class Broker:
 
     def decoded(self, topic: str, body: bytes, expires_age_us: int | None) -> Delivery:
         try:
-            return Delivery.of(topic, body, expires_age_us)
+            return Delivery.of(topic, body, expires_age_us, self.config.gateway.id)
         except MessageError:
             log.error("a journaled message does not decode; its bytes are handed on", extra={"topic": topic})
             return Delivery(topic, body, 1, False, None, None, expires_age_us)

@@ -81,6 +81,18 @@ def rhea_modules() -> Path:
     return Path(_deployed.rhea_modules())
 
 
+def mqttjs() -> Path:
+    """mqtt.js as a browser loads it."""
+    return Path(_deployed.mqttjs())
+
+
+def browser() -> str:
+    """The path of a Chromium."""
+    found = _deployed.browser()
+    assert found is not None
+    return str(found)
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on just now."""
     while True:

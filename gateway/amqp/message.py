@@ -26,6 +26,9 @@ ANNOTATION_RETAIN = "x-opt-retain-message"
 ANNOTATION_ID = "x-opt-lineside-id"
 # MQTT user properties in full, where a name occurs twice and a map cannot hold them: [name, value, name, value, ...].
 ANNOTATION_USER_PROPERTIES = "x-opt-lineside-user-properties"
+# [gateway, response topic, correlation data]: what that gateway's MQTT apps are given in place of reply-to and
+# correlation-id, which belong to the hub's apps.
+ANNOTATION_REQUEST = "x-opt-lineside-request"
 
 # What stands before a correlation-id that is no binary while it travels as an MQTT app's correlation data.
 CORRELATION_MARK = b"\0amqp-"
@@ -196,6 +199,11 @@ def _user_properties(items: Iterable[tuple[str, Any]]) -> bytes:
     return b"\x00\x53\x74" + _compound(0xC1, 0xD1, 2 * len(pairs), body) if pairs else b""
 
 
+def message_id(gateway: str, epoch: int | str, stream: int | str, seq: int) -> str:
+    """The identity that a message of ours carries; what `Template` writes as its message-id."""
+    return f"{gateway}:{epoch}:{stream}:{seq:012x}"
+
+
 class Template:
     """Encodes the messages of one topic: all but seq and payload is laid out beforehand.
 
@@ -268,7 +276,7 @@ def encode(
     to: str | None = None,
     subject: str | None = None,
     reply_to: str | None = None,
-    correlation_id: bytes | None = None,
+    correlation_id: MessageId = None,
     content_type: str | None = None,
     ttl_ms: int | None = None,
     application_properties: Mapping[str, Any] | Sequence[tuple[str, Any]] = (),

@@ -429,12 +429,20 @@ class Client(asyncio.Protocol):
     def _refusal(self, topic: str, payload: bytes, properties: PublishProperties | None) -> Reason | None:
         if topic.startswith("$SYS/"):
             return Reason.NOT_AUTHORIZED  # the server's own (§4.7.2)
+        if properties is not None and self._asks_too_much(topic, properties.response_topic):
+            return Reason.NOT_AUTHORIZED
         if properties is not None and properties.payload_format_indicator == 1:
             try:
                 payload.decode()
             except UnicodeDecodeError:
                 return Reason.PAYLOAD_FORMAT_INVALID
         return None
+
+    def _asks_too_much(self, topic: str, asked: str | None) -> bool:
+        """A reply from the hub is published here in the name of who asked for it: it needs the right to do that."""
+        if asked is None or self._broker.router.route(topic, 1).reply_to is None:
+            return False
+        return asked.startswith("$SYS/") or (self._permit is not None and not self._permit.publish(asked))
 
     def _refuse(self, reason: Reason, message: Published, acknowledged: list[bytes]) -> bool:
         """Never to be taken, full or not. Without a word for it the message is in the ledger: nothing vanishes."""
@@ -694,6 +702,9 @@ class Client(asyncio.Protocol):
         if will is not None and self._permit is not None and not self._permit.publish(will.topic):
             self._log_forbidden(Action.PUBLISH, will.topic, client=client_id, will=True)
             self._conn.refuse(Reason.NOT_AUTHORIZED, "the will's topic is not allowed")
+            return False
+        if will is not None and self._asks_too_much(will.topic, will.properties.response_topic):
+            self._conn.refuse(Reason.NOT_AUTHORIZED, "the will's response topic is not allowed")
             return False
         return True
 

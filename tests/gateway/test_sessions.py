@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.amqp.message import ANNOTATION_RETAIN, Template
 from gateway.broker import Broker
 from gateway.config import loads
 from gateway.mqtt.codec import Connect, PublishProperties, Will, WillProperties
@@ -390,6 +391,40 @@ def test_a_new_subscriber_is_given_what_is_retained_and_the_newest_only(journal:
     ]
     say(broker, "state/door", b"live", retain=True)
     assert [(g.payload, g.retain) for g in outlet.got[2:]] == [(b"live", False)]
+
+
+@pytest.mark.parametrize("expiry_s", [0, None])
+def test_what_is_retained_on_a_hubs_stream_is_given_to_who_begins_to_read_it(
+    journal: Journal, expiry_s: int | None
+) -> None:
+    broker = broker_on(journal)
+    first = Outlet()
+    session, _ = come(broker, "first", first, expiry_s=expiry_s)
+    subscribe(broker, session, "commands/#")
+    stream = journal.streams["commands"]
+    template = Template("depot", 1, "s", None, "x", annotations={ANNOTATION_RETAIN: True})
+    seq = journal.append(stream, "commands/x", template.encode, b"kept")
+    broker.retain_received(stream, seq, "commands/x", template.encode(seq, b"kept"), None)
+    commit(broker)
+    assert first.payloads == [b"kept"]
+    late = Outlet()
+    session, _ = come(broker, "late", late, expiry_s=expiry_s)
+    subscribe(broker, session, "commands/#")
+    arrive(broker, 0, 1)
+    assert [(g.payload, g.retain) for g in late.got] == [(b"kept", True), (b"0", False)]
+
+
+def test_what_is_held_for_a_first_reader_comes_once_though_it_is_retained_too(journal: Journal) -> None:
+    broker = broker_on(journal)
+    stream = journal.streams["commands"]
+    template = Template("depot", 1, "s", None, "x", annotations={ANNOTATION_RETAIN: True})
+    seq = journal.append(stream, "commands/x", template.encode, b"kept")
+    broker.retain_received(stream, seq, "commands/x", template.encode(seq, b"kept"), None)
+    commit(broker)
+    first = Outlet()
+    session, _ = come(broker, "first", first)
+    subscribe(broker, session, "commands/#")
+    assert first.payloads == [b"kept"]
 
 
 def test_retained_messages_survive_a_restart_and_expire_in_their_time(tmp_path: Path) -> None:
