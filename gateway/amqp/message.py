@@ -657,13 +657,16 @@ def correlation_data(correlation_id: MessageId) -> bytes | None:
     return CORRELATION_MARK + b"u%d" % correlation_id
 
 
-def answer_to(message: Message) -> bytes | None:
-    """The correlation data that an MQTT app is given with a message, to be sent back with its answer.
+def answer_to(message: Message, *, can_be_answered: bool) -> bytes | None:
+    """The correlation data that an MQTT app is given with a message.
 
-    An AMQP request without a correlation-id is answered by its message-id, as AMQP apps have it.
+    With a request it is what the answer is to bring back, type and all; a request without a correlation-id is answered
+    by its message-id, as AMQP apps have it. What can't be answered is given as it reads.
     """
     asked = message.correlation_id
-    if asked is None and message.reply_to is not None and not is_own_id(message.message_id):
+    if not can_be_answered:
+        return None if asked is None else asked if isinstance(asked, bytes) else str(asked).encode()
+    if asked is None and not is_own_id(message.message_id):
         asked = message.message_id
     return correlation_data(asked)
 

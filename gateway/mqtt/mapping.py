@@ -148,8 +148,10 @@ def to_mqtt(message: Message, gateway: str | None = None) -> PublishProperties |
     U+0000 (MQTT-1.5.4-2), and addresses that are no topics (MQTT-3.3.2-14).
     """
     pairs = [_pair(*pair) for pair in user_properties(message) if pair[0] not in _OURS]
-    correlation = answer_to(message)
     response_topic = reply_topic(message.reply_to)
+    if response_topic is not None and not _is_topic(response_topic):
+        response_topic = None
+    correlation = answer_to(message, can_be_answered=response_topic is not None)
     notes = message.annotations
     match notes.get(ANNOTATION_REQUEST):
         case [str(home), str() | None as response_topic_here, bytes() | None as correlation_here] if home == gateway:

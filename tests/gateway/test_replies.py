@@ -363,7 +363,7 @@ def test_a_topic_that_is_no_way_back_stays_local(gateway: Gateway, topic: str) -
 def test_without_such_a_stream_the_reply_to_is_the_response_topic(gateway: Gateway) -> None:
     gateway.answers = None
     assert asked(gateway, reply_to="answers", correlation_id="1") == PublishProperties(
-        response_topic="answers", correlation_data=b"1"
+        response_topic="answers", correlation_data=b"\0amqp-s1"
     )
 
 
