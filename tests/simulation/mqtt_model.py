@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gateway.mqtt.codec import (
-    V3,
     V5,
     Connack,
     Connect,
@@ -168,7 +167,9 @@ class Client:
         most = min(SEND_WINDOW, self.receive_maximum if self.version == V5 else SEND_WINDOW)
         assert len(self.sending) <= most, f"{self.name}: {len(self.sending)} in flight, receive maximum {most}"
         # After a crash it can't tell what it had meant to send from what it sent.
-        assert not packet.dup or first < connection or self.world.crashes, f"{self.name}: DUP on a first delivery of {packet.payload!r}"
+        assert not packet.dup or first < connection or self.world.crashes, (
+            f"{self.name}: DUP on a first delivery of {packet.payload!r}"
+        )
 
     def _decide(self, will: LastWill, present: bool, connection: int) -> None:
         if will.lost_at_s is None:  # the connection it was for is being taken over
@@ -190,7 +191,7 @@ class Client:
         self.forget_connection()
         self.connections += 1
         connection = self.connections
-        # What may be over on the other side is begun anew: a CONNACK that says so may be lost, and the next says nothing.
+        # What may be over on the other side is begun anew: the CONNACK that says so may be lost, and the next does not.
         over = self.alive_until_s is not None and self.world.now >= self.alive_until_s - 5
         self.clean = clean or over or self.must_be_clean or not self.durable
         self.must_be_clean = self.must_be_clean or self.clean
@@ -212,7 +213,9 @@ class Client:
         self.wire = self.world.connect(self.version, lambda packet: self.judge(connection, packet))
         if testament is not None:
             assert will is not None
-            self.wills.append(LastWill(will[0], will[2] if self.version == V5 and self.durable else 0, self.wire, connection))
+            self.wills.append(
+                LastWill(will[0], will[2] if self.version == V5 and self.durable else 0, self.wire, connection)
+            )
         self.wire.send(Connect(self.version, self.name, self.clean, 0, will=testament, properties=properties_))
 
     def forget_connection(self) -> None:
@@ -360,7 +363,8 @@ class Client:
         return number
 
     def publish(self, topic: str, qos: int, retain: bool, *, empty: bool = False) -> Sent | None:
-        assert self.wire is not None and self.up
+        assert self.wire is not None
+        assert self.up
         if qos and len(self.out) >= RECEIVE_MAXIMUM:
             return None
         self.count += 1
@@ -374,7 +378,8 @@ class Client:
         return message
 
     def subscribe(self, filters: list[tuple[str, int]]) -> None:
-        assert self.wire is not None and self.up
+        assert self.wire is not None
+        assert self.up
         number = self._id()
         subs = []
         for filter_, qos in filters:
@@ -387,7 +392,8 @@ class Client:
         self.wire.send(Subscribe(number, tuple(Subscription(filter_, qos) for filter_, qos in filters)))
 
     def unsubscribe(self, filter_: str) -> None:
-        assert self.wire is not None and self.up
+        assert self.wire is not None
+        assert self.up
         for sub in self.held:
             if sub.filter == filter_ and sub.until is None:
                 sub.until = self.now()
@@ -411,11 +417,8 @@ class Client:
                     will.fate = "not" if not will.wire.to_gateway else "either"
                 elif not will.accepted:
                     will.fate = "either"
-                elif not will.delay_s or not self.keeps_of(will):
+                elif not will.delay_s:
                     will.fate = "must"
-
-    def keeps_of(self, will: LastWill) -> bool:
-        return self.durable
 
     def crashed(self) -> None:
         for will in self.wills:
@@ -425,6 +428,3 @@ class Client:
 
     def counts(self, epoch: int, *, retained: bool = False) -> Counter[bytes]:
         return Counter(got.payload for got in self.log if got.epoch == epoch and got.retain is retained)
-
-
-__all__ = ["V3", "V5", "Client", "Got", "Held", "LastWill", "Sent", "takes"]
