@@ -31,6 +31,8 @@ LAZY_ROWS_MAX = 64
 GROUP_ROWS_A_TURN = 16
 # Rows of a stream that may be sent to a client behind one that it does not acknowledge.
 AHEAD_ROWS_MAX = 4096
+# Retained messages that one session is owed: more than a gateway retains by default.
+DUE_MAX = 200_000
 
 
 class Outlet(Protocol):
@@ -286,8 +288,15 @@ class Session:
     def owe(self, messages: Iterable[tuple[Retained, int, tuple[int, ...]]]) -> bool:
         """Retained messages to give the client before anything newer; whether that waits for a commit."""
         added = False
+        waiting = {due for n, due in self.due.items() if n not in self._due_sent}
         for message, qos, identifiers in messages:
-            self.due[self._due_next] = Due(message.topic, qos, identifiers)
+            due = Due(message.topic, qos, identifiers)
+            if due in waiting:
+                continue  # a client that subscribes again and again, and does not read, is owed no more by it
+            if len(self.due) >= DUE_MAX:
+                self._journal.lose("retained", 0, "too-many-due", message.size, self.cursor_name)
+                continue
+            self.due[self._due_next] = due
             if self.durable:
                 self._journal.execute(
                     "INSERT INTO mqtt_retained_due VALUES (?, ?, ?, ?, ?)",

@@ -402,3 +402,24 @@ def test_a_subscription_made_after_a_failed_commit_misses_nothing_after_a_restar
     pub.publish("b/x", 1, False)
     story.exchange()
     assert payloads(sub) == [b"pub:4", b"pub:4"]
+
+
+def test_subscribing_again_and_again_without_reading_piles_nothing_up(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.sessions.DUE_MAX", 20)
+    pub = story.client("pub")
+    for n in range(10):
+        pub.publish(f"r/{n}", 1, True)
+        story.exchange()
+    sub = story.client("sub", window=1)
+    due = story.world.broker.sessions["sub"].due
+    for qos in (1, 1, 2, 1, 2):
+        sub.subscribe([("r/#", qos)])
+        story.exchange(answers=False)
+        assert len(due) <= 20
+    assert len(due) == 20
+    story.exchange()
+    assert not due
+    assert {got.topic for got in sub.log} == {f"r/{n}" for n in range(10)}
+    assert not story.table("mqtt_retained_due")
