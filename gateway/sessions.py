@@ -123,7 +123,10 @@ class SentState(IntEnum):
 
 @dataclass(eq=False, slots=True)
 class Sent:
-    """`place`: the feed it was read from, the group that handed it out, or None: retained, and seq is its number."""
+    """`place`: the feed it was read from, the group that handed it out, or None: retained, and seq is its number.
+
+    `restored`: begun before a restart, so that what its subscriptions ask for has to be looked up again.
+    """
 
     packet_id: int
     place: Feed | Group | None
@@ -133,6 +136,7 @@ class Sent:
     tried: bool = False
     retain: bool = False
     identifiers: tuple[int, ...] = ()
+    restored: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -265,7 +269,7 @@ class Session:
     def restore(self, stream: Stream | None, seq: int, packet_id: int, state: SentState) -> None:
         """What the journal remembers of a message of QoS 2 under way. In order of stream and seq."""
         feed = None if stream is None else self.feeds.get(stream)
-        sent = Sent(packet_id, feed, seq, 2, state, tried=True)
+        sent = Sent(packet_id, feed, seq, 2, state, tried=True, restored=True)
         if feed is not None:
             if seq < feed.cursor.position:
                 if state is SentState.DONE:
@@ -464,6 +468,12 @@ class Session:
             # Begun once, it is finished, whatever was unsubscribed or expired meanwhile (MQTT-3.10.4-3).
             if again.state is SentState.SENT:
                 delivery = self._desk.delivery(feed.stream, row)
+                if again.restored:
+                    want = self._desk.audience(feed.stream, row.topic).get(self)
+                    want = None if want is None else want.at(feed.stream.name, row.seq)
+                    if want is not None:
+                        again.identifiers = want.identifiers
+                        again.retain = delivery.retain and want.retain_as_published
                 if not self._send(delivery, again.qos, again.retain, again.identifiers, feed, row.seq, outlet, again):
                     return False
             del feed.again[row.seq]
