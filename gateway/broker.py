@@ -18,12 +18,14 @@ from gateway.mqtt.delivery import Delivery
 from gateway.mqtt.mapping import ANNOTATION_SOURCE, append_with, template_with
 from gateway.mqtt.topics import split_shared
 from gateway.mqtt.tree import FilterTree
+from gateway.replies import Requests
 from gateway.retained import Retained, RetainedStore
 from gateway.routing import Router, filters_overlap, inbound_filter
-from gateway.sessions import Due, Feed, Outlet, SentState, Session, ShareGroup, Subscription, Want
+from gateway.sessions import Due, Feed, Item, Outlet, SentState, Session, ShareGroup, Subscription, Want
 from gateway.wills import Testament, Wills
 from storeforward.errors import JournalFull
-from storeforward.journal import Batch, Journal
+from storeforward.journal import Appended, Batch, Journal
+from storeforward.schema import SEQ_MASK
 from storeforward.streams import COLUMNS, Row, Stream, StreamLimits, WhenFull
 
 log = logging.getLogger("lineside.broker")
@@ -37,6 +39,8 @@ TRIM_ROWS_MAX = 10_000
 CATCH_UP_ROWS = 4096
 SYS = "$SYS"
 SHARED_QOS_MAX = 1
+# Commits of more rows are read by each session at its own pace.
+LIVE_ROWS_MAX = 64
 
 Reader = Session | ShareGroup
 
@@ -54,13 +58,16 @@ class Broker:
         self.shares: dict[tuple[str, str], ShareGroup] = {}
         self.retained = RetainedStore(journal, config.mqtt.retained_max if config.mqtt is not None else 0)
         self.wills = Wills(journal)
+        self.requests = Requests(journal)
         self.schedule: Callable[[float], None] = lambda delay_s: None
         self._tree: FilterTree[tuple[Reader, str]] = FilterTree()
-        self._audiences: dict[tuple[int, str], dict[object, Want]] = {}
+        self._audiences: dict[tuple[int, str], dict[Reader, Want]] = {}
         self._deliveries: dict[tuple[int, int], Delivery] = {}
         self._delivery_bytes = 0
         self._filters: dict[Stream, list[str]] = {}
         self._rows_since = 0
+        # Whether AMQP apps are to find this topic's messages in a queue, though none of them reads there yet.
+        self.queue_for: Callable[[str], bool] = lambda topic: False
         self.local = self._streams_of(config)
         self.router = self._router()
         self._load()
@@ -78,14 +85,15 @@ class Broker:
         for inbound in config.inbound:
             limits = StreamLimits(inbound.max_bytes, inbound.max_messages, seen_max=inbound.dedup)
             stream = journal.stream(inbound.stream, "inbound", limits)
-            self._filters[stream] = [inbound_filter(inbound, config.gateway.id)]
+            self._filters[stream] = [inbound_filter(inbound, config)]
         limits = StreamLimits(config.local.max_bytes, config.local.max_messages, WhenFull(config.local.when_full))
         local = journal.stream(LOCAL, "local", limits)
         self._filters[local] = ["#"]
         return local
 
     def _router(self) -> Router:
-        return Router(self.config, self.journal.streams, self.local, self.journal.epoch_token, self._read_locally)
+        journal = self.journal
+        return Router(self.config, journal.streams, self.local, journal.epoch_token, self._read_locally, self.requests)
 
     def reload(self, config: Config) -> None:
         """Take over new routes and limits; sessions stay and read new streams, too."""
@@ -98,7 +106,13 @@ class Broker:
             self._feed_share(share)
         self._audiences.clear()
 
+    def streams_for(self, filter_: str) -> list[Stream]:
+        """The streams that may hold messages which this filter takes."""
+        return [s for s, filters in self._filters.items() if any(filters_overlap(filter_, f) for f in filters)]
+
     def _read_locally(self, topic: str) -> bool:
+        if self.queue_for(topic):
+            return True
         return any(True for _ in self._tree.matches(topic)) or any(
             c.kind == "amqp" for c in self.local.cursors.values()
         )
@@ -324,6 +338,7 @@ class Broker:
         """What time brings: wills, and sessions that have expired."""
         self.expire_sessions()
         self.run_wills()
+        self.requests.expire(self.journal.age_us())
 
     def run_wills(self) -> None:
         """Publish the wills that are due; have the next one scheduled."""
@@ -514,7 +529,7 @@ class Broker:
 
     # ------------------------------------------------------------------ delivery
 
-    def audience(self, stream: Stream, topic: str) -> dict[object, Want]:
+    def audience(self, stream: Stream, topic: str) -> dict[Reader, Want]:
         """Who reads a topic of a stream, and how."""
         key = stream.id, topic
         audience = self._audiences.get(key)
@@ -535,18 +550,41 @@ class Broker:
         """Wake those who read what a commit added."""
         woken: dict[Reader, None] = {}
         for stream, appended in batch.appended.items():
-            columns = appended.columns
-            topics = {columns[3]} if len(columns) == COLUMNS else set(columns[3::COLUMNS])
-            for topic in topics:
+            self._rows_since += appended.rows
+            if appended.rows <= LIVE_ROWS_MAX:
+                self._hand_out(stream, appended, woken)
+                continue
+            for topic in set(appended.columns[3::COLUMNS]):
                 for reader in self.audience(stream, topic):
-                    assert isinstance(reader, Reader)
                     reader.woken(stream, appended.first_seq)
                     woken[reader] = None
-            self._rows_since += appended.rows
         for reader in woken:
             reader.pump()
         if self._rows_since >= CATCH_UP_ROWS:
             self.caught_up()
+
+    def _hand_out(self, stream: Stream, appended: Appended, woken: dict[Reader, None]) -> None:
+        """Give a small commit's rows to those who have had all before them; the others are woken."""
+        columns = appended.columns
+        items: dict[Reader, list[Item]] = {}
+        for at in range(0, len(columns), COLUMNS):
+            topic = columns[at + 3]
+            audience = self.audience(stream, topic)
+            if not audience:
+                continue
+            row = Row(columns[at] & SEQ_MASK, topic, columns[at + 2], columns[at + 5])
+            delivery = self.delivery(stream, row)
+            seq = row.seq
+            for reader, want in audience.items():
+                item = (seq, delivery, want)
+                if reader in items:
+                    items[reader].append(item)
+                else:
+                    items[reader] = [item]
+        for reader, its in items.items():
+            if type(reader) is not Session or not reader.live(stream, its):
+                reader.woken(stream, appended.first_seq)
+                woken[reader] = None
 
     def caught_up(self) -> None:
         """Move those on who want nothing of what there is."""
@@ -564,7 +602,10 @@ class Broker:
 
     def answered(self, session: Session) -> None:
         """The client has acknowledged: there may be room in its window."""
-        self.pump(session)
+        if session.behind:
+            session.pump()
+        for share in session.groups.values():
+            share.pump()
 
     def delivery(self, stream: Stream, row: Row) -> Delivery:
         """A row's message; the newest ones are kept, because a thousand subscribers read the same rows."""
@@ -580,7 +621,7 @@ class Broker:
 
     def decoded(self, topic: str, body: bytes, expires_age_us: int | None) -> Delivery:
         try:
-            return Delivery.of(topic, body, expires_age_us)
+            return Delivery.of(topic, body, expires_age_us, self.config.gateway.id)
         except MessageError:
             log.error("a journaled message does not decode; its bytes are handed on", extra={"topic": topic})
             return Delivery(topic, body, 1, False, None, None, expires_age_us)

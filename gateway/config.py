@@ -56,6 +56,7 @@ from security.rules import Action, Rule, Who, check_pattern, parse_who, words
 
 __all__ = [
     "Access",
+    "Address",
     "Amqp",
     "Bridge",
     "BrokerUrl",
@@ -78,6 +79,7 @@ __all__ = [
 ]
 
 CONFIG_MAX_BYTES = 4 << 20
+REQUESTER = "{requester}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -383,7 +385,7 @@ class Outbound(_Table):
         min_length=1, max_length=1000, description="the topics it takes", examples=[["alarm/#"]]
     )
     hub: Name = Field(description="the name of a [[hub]]", examples=["depot"])
-    address: Annotated[str, _template("gateway", "stream")] = Field(
+    address: Annotated[str, _template("gateway", "stream", "requester")] = Field(
         description="the hub's address to send to", examples=["edge.{gateway}.alarms"]
     )
     class_: Literal["urgent", "normal", "bulk"] = Field(default="normal", alias="class")
@@ -391,10 +393,23 @@ class Outbound(_Table):
     max_messages: Count = 1_000_000
     when_full: Literal["refuse", "drop-oldest"] = "refuse"
     ttl_s: Annotated[float, _seconds(0.001, 4294967.295)] | None = Field(default=None, alias="ttl", examples=["1h"])
+    reply_to: Annotated[str, _template("gateway")] | None = Field(default=None, examples=["edge.{gateway}.replies"])
+    reply_timeout_s: Annotated[float, _seconds(1, 30 * 86400)] = Field(
+        default=300.0, alias="reply_timeout", examples=["5m"]
+    )
+
+    @property
+    def answers(self) -> str | None:
+        """What the topics begin with that go to the reply-to of a request from the hub; None of any other stream."""
+        return self.topics[0][:-1] if self.address == REQUESTER else None
+
+    def reply_to_for(self, gateway: str) -> str | None:
+        """The reply address with its placeholder filled; it is that of an inbound stream of the same hub."""
+        return None if self.reply_to is None else fill(self.reply_to, gateway=gateway)
 
     def address_for(self, gateway: str) -> str:
         """The address with its placeholders filled."""
-        return fill(self.address, gateway=gateway, stream=self.stream)
+        return fill(self.address, gateway=gateway, stream=self.stream, requester="(reply-to)")
 
 
 class Inbound(_Table):
@@ -416,6 +431,15 @@ class Inbound(_Table):
     def address_for(self, gateway: str) -> str:
         """The address with its placeholders filled."""
         return fill(self.address, gateway=gateway, stream=self.stream)
+
+
+class Address(_Table):
+    """`[[address]]`: what an address, or all that a filter takes, is to AMQP apps."""
+
+    name: TopicFilter = Field(description="an address, or a filter that takes several", examples=["jobs/#"])
+    kind: Literal["queue", "topic"] = Field(
+        description="queue: one receiver gets a message; topic: all do", examples=["queue"]
+    )
 
 
 class Local(_Table):
@@ -462,6 +486,7 @@ class Config(_Table):
     hubs: tuple[Hub, ...] = Field(default=(), alias="hub", max_length=100)
     outbound: tuple[Outbound, ...] = ()
     inbound: tuple[Inbound, ...] = ()
+    addresses: tuple[Address, ...] = Field(default=(), alias="address", max_length=1000)
     local: Local = Local()
     access: tuple[Access, ...] = Field(default=(), max_length=500)
 
@@ -561,6 +586,7 @@ def explain(config: Config) -> list[str]:
             f"{show_size(inbound.max_bytes)} and {inbound.max_messages} messages, credit {inbound.credit}; "
             f"remembers {inbound.dedup} identities"
         )
+    lines += [f"address {each.name} is a {each.kind} to AMQP apps" for each in config.addresses]
     local = config.local
     full = _WHEN_FULL[local.when_full]
     lines.append(f"all other topics stay local, up to {show_size(local.max_bytes)}; when full, {full}")
@@ -693,6 +719,19 @@ def _explain_outbound(outbound: Outbound, config: Config) -> list[str]:
         f"{outbound.address_for(config.gateway.id)}, up to {show_size(outbound.max_bytes)} and "
         f"{outbound.max_messages} messages{ttl}; when full, {_WHEN_FULL[outbound.when_full]}"
     ]
+    if outbound.answers is not None:
+        lines.append(
+            f"requests from {outbound.hub} reach local apps with a response topic below {outbound.answers}; what they "
+            "publish there goes to the request's reply-to"
+        )
+        if config.hub(outbound.hub).kind == "rabbitmq":
+            lines.append(f"note: RabbitMQ before 4.0 has no anonymous terminus, which stream {outbound.stream} needs")
+    if outbound.reply_to is not None:
+        lines.append(
+            f"replies to requests on stream {outbound.stream} come in at "
+            f"{outbound.reply_to_for(config.gateway.id)}, for {show_duration(outbound.reply_timeout_s)} unless the "
+            "request itself says how long"
+        )
     if config.mqtt and outbound.max_bytes < 2 * config.mqtt.packet_max_bytes:
         lines.append(f"note: stream {outbound.stream} is full after one packet of packet_max")
     return lines

@@ -42,7 +42,7 @@ class Outlet(Protocol):
     def window_left(self) -> int: ...
     @property
     def congested(self) -> bool: ...
-    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool: ...
+    def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool: ...
     def in_use(self, packet_ids: Iterable[int]) -> None: ...
     def reserve(self, qos: int, packet_id: int | None = None) -> int | None: ...
     def deliver(
@@ -56,6 +56,7 @@ class Outlet(Protocol):
     ) -> int | None: ...
     def pubrel(self, packet_ids: Iterable[int]) -> None: ...
     def flush(self) -> None: ...
+    def come_back(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,10 @@ class Want:
             return self
         among = [s for s in self.among if seq >= s.since.get(stream, 0)]
         return Want.of(stream, among) if among else None
+
+
+# A committed row as the sessions that want it are handed it: seq, message, how the session wants it.
+Item = tuple[int, Delivery, Want]
 
 
 class SentState(IntEnum):
@@ -195,7 +200,7 @@ class Desk(Protocol):
     retained: RetainedStore
 
     def delivery(self, stream: Stream, row: Row) -> Delivery: ...
-    def audience(self, stream: Stream, topic: str) -> dict[object, Want]: ...
+    def audience(self, stream: Stream, topic: str) -> dict[Session | ShareGroup, Want]: ...
     def decoded(self, topic: str, body: bytes, expires_age_us: int | None) -> Delivery: ...
 
 
@@ -326,7 +331,8 @@ class Session:
                 del self._due_again[n]
                 continue
             delivery = self._retained(due)
-            if delivery is None or not outlet.takes(delivery, due.identifiers):
+            qos = 0 if delivery is None else min(due.qos, delivery.qos) if again is None else again.qos
+            if delivery is None or not outlet.takes(delivery, qos, due.identifiers):
                 if delivery is not None:
                     self._too_large(delivery, "retained", 0)
                 if again is None:
@@ -335,7 +341,6 @@ class Session:
                     del self._due_again[n]
                     self._abandon([again])
                 continue
-            qos = min(due.qos, delivery.qos) if again is None else again.qos
             if not qos:
                 self._now(_Planned(delivery, 0, True, due.identifiers, 0, None), outlet)
                 self._forget_due(n)
@@ -381,6 +386,51 @@ class Session:
             feed.live = False
             feed.next = max(feed.next, first_seq)
 
+    def live(self, stream: Stream, items: list[Item]) -> bool:
+        """Take rows of the newest commit, of which nothing before was left unsent. False if this session can't.
+
+        HOT: a thousand sessions come by here with each message (tests/bench, fan-out). What is not plain is `pump`'s.
+        """
+        outlet = self.outlet
+        feed = self.feeds.get(stream)
+        if outlet is None or feed is None or not feed.live or self.due or self._plan is not None or outlet.congested:
+            return False
+        if len(feed.order) >= AHEAD_ROWS_MAX:
+            return False
+        for seq, delivery, want in items:
+            if seq < feed.next:
+                continue  # a SUBACK of the same commit has had the session pumped already
+            qos = delivery.qos if delivery.qos < want.qos else want.qos
+            if (
+                seq < want.since
+                or want.no_local
+                or delivery.expires_age_us is not None
+                or (qos == 2 and self.durable)
+                or not outlet.takes(delivery, qos, want.identifiers)
+            ):
+                break
+            retain = delivery.retain and want.retain_as_published
+            number = outlet.deliver(delivery, qos, retain, want.identifiers)
+            if number is None:
+                break
+            if qos:
+                sent = self.sent[number] = Sent(number, feed, seq, qos, SentState.SENT, True, retain, want.identifiers)
+                feed.order.append(sent)
+            feed.next = seq + 1
+        else:
+            feed.reached = feed.next
+            outlet.flush()
+            return True
+        feed.next = feed.reached = seq
+        feed.live = False
+        self.pump()
+        return True
+
+    @property
+    def behind(self) -> bool:
+        """Whether `pump` might find something to send."""
+        return bool(self.due) or not all([f.live for f in self.feeds.values()])
+
     def caught_up(self) -> None:
         """Move the place over rows that nobody here wants; they hold up the deletion of what is before them."""
         if self.outlet is not None and any(feed.more for feed in self.feeds.values()):
@@ -415,15 +465,19 @@ class Session:
         outlet = self.outlet
         if outlet is None or self._plan is not None:
             return
+        more = False
         if not self.due or self._pump_due(outlet):
             for feed in self.feeds.values():
                 if not feed.live:
-                    self._pump_feed(feed, outlet)
+                    more = self._pump_feed(feed, outlet) or more
         outlet.flush()
+        if more:
+            outlet.come_back()
         if self._plan is not None:
             self._journal.wait(self, self._stamp)
 
-    def _pump_feed(self, feed: Feed, outlet: Outlet) -> None:
+    def _pump_feed(self, feed: Feed, outlet: Outlet) -> bool:
+        """Whether it stopped only to let others have a turn: then nothing else will wake it."""
         stream = feed.stream
         feed.next = max(feed.next, feed.cursor.position)
         budget = PUMP_ROWS_MAX
@@ -445,6 +499,7 @@ class Session:
             self._give_up(feed)
         feed.live = feed.next >= stream.committed and not feed.again
         self._settle(feed)
+        return done and budget <= 0 and not feed.live and not outlet.congested
 
     def _give_up(self, feed: Feed) -> None:
         """Of what was to be sent again, rows that are not there any more (the ledger says why)."""
@@ -494,10 +549,10 @@ class Session:
         if want.no_local and delivery.source == self.client_id:
             return True
         identifiers = want.identifiers
-        if not outlet.takes(delivery, identifiers):
+        qos = min(want.qos, delivery.qos)
+        if not outlet.takes(delivery, qos, identifiers):
             self._too_large(delivery, feed.stream.name, row.seq)
             return True
-        qos = min(want.qos, delivery.qos)
         retain = delivery.retain and want.retain_as_published
         return self._send(delivery, qos, retain, identifiers, feed, row.seq, outlet, None)
 
@@ -783,11 +838,11 @@ class ShareGroup:
     ) -> None:
         delivery = self._desk.delivery(stream, row)
         identifiers = () if subscription.identifier is None else (subscription.identifier,)
-        if not outlet.takes(delivery, identifiers):
+        qos = min(subscription.qos, delivery.qos, 1)
+        if not outlet.takes(delivery, qos, identifiers):
             # Another member may take it; without one it waits, as for a group that nobody reads.
             group.release(session, row.seq, barred=True)
             return
-        qos = min(subscription.qos, delivery.qos, 1)
         retain = delivery.retain and subscription.retain_as_published
         number = outlet.deliver(delivery, qos, retain, identifiers)
         if number is None:

@@ -166,7 +166,7 @@ class Journal:
         self.salvaged: str | None = None
         self.dead_count = 0
         self.loss_count = 0
-        self.wall_us = int(wall() * 1e6)
+        self.wall_us = self._wall_us()
 
     # ------------------------------------------------------------------ opening and closing
 
@@ -200,7 +200,8 @@ class Journal:
                     if not (_no_space(error) and spend(state_dir)):
                         raise
                     journal = cls._open(state_dir, path, lock, synchronous, clock, wall)
-            except (JournalCorrupt, sqlite3.DatabaseError) as error:
+            # UnicodeDecodeError: sqlite3 quotes what is damaged in its message, and it need not be text.
+            except (JournalCorrupt, sqlite3.DatabaseError, UnicodeDecodeError) as error:
                 if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
                     raise _explain(path, error) from error
                 report = salvage(state_dir, clock)
@@ -221,7 +222,7 @@ class Journal:
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> Journal:
-        new = not path.exists()
+        new = not path.exists() or not path.stat().st_size
         writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_S)
         reader: sqlite3.Connection | None = None
         try:
@@ -250,7 +251,10 @@ class Journal:
             reader.execute("PRAGMA query_only = ON")
             reader.execute("PRAGMA cache_size = -1024")
             journal = cls(state_dir, writer, reader, lock, clock, wall)
-            journal._load()
+            try:
+                journal._load()
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise JournalCorrupt(f"{path}: a value that makes no sense: {error!r}") from error
             journal.space = space = Space(state_dir)
             journal.disk_full = not space.laid_by or space.free_bytes() < space.delete_bytes
             journal._checkpoint_at_bytes = space.wal_bytes
@@ -282,8 +286,8 @@ class Journal:
                 "(SELECT max(id) FROM message WHERE id BETWEEN ?1 AND ?2)",
                 (base, base | SEQ_MASK),
             ).fetchone()
-            if last is not None:
-                next_seq = max(next_seq, (last & SEQ_MASK) + 1)
+            if last is not None and last & SEQ_MASK >= next_seq:
+                raise ValueError(f"stream {name}: row {last & SEQ_MASK} is beyond its end")
             first_seq = next_seq if first is None else first & SEQ_MASK
             stream = Stream(id_, name, direction, next_seq, first_seq, rows, size, next_seq)
             for identity, at in w.execute(
@@ -679,7 +683,11 @@ class Journal:
                 "SELECT id, topic, expires_age_us, crc, body FROM message WHERE id >= ? AND id < ? ORDER BY id",
                 (base | seq, base | stream.committed),
             )
+            at_least = base | seq
             for id_, topic, expires, crc, body in cursor:
+                if id_ < at_least:
+                    raise _out_of_order(id_)
+                at_least = id_ + 1
                 if crc32(body) != crc:
                     if id_ not in self._bad_rows:  # every reader comes by here, and again after each reconnect
                         self._bad_rows.add(id_)
@@ -690,9 +698,58 @@ class Journal:
                 if size >= bytes_max or len(out) >= limit:
                     break
             cursor.close()
+            if not out and seq < stream.committed:
+                self._verify_gap(base | at_least & SEQ_MASK, base | stream.committed)
+        except (TypeError, sqlite3.OperationalError) as error:
+            # A flipped bit can make a column another type, or its text no UTF-8: that row is lost, not the daemon.
+            if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
+                raise self._damaged(error) from error
+            return self._read_carefully(stream, seq, limit, bytes_max)
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from error
         return out
+
+    def _verify_gap(self, start: int, end: int) -> None:
+        """Nothing was found between these ids: true only if nothing is found from the other end, either.
+
+        A damaged id in the middle can look like the end, and the cursor would be moved over everything behind it.
+        """
+        row = self._r.execute("SELECT id FROM message WHERE id < ? ORDER BY id DESC LIMIT 1", (end,)).fetchone()
+        if row is not None and row[0] >= start:
+            raise _out_of_order(row[0])
+
+    def _read_carefully(self, stream: Stream, seq: int, rows_max: int, bytes_max: int) -> list[Row]:
+        out: list[Row] = []
+        base = stream.base
+        self._r.text_factory = bytes
+        try:
+            rows = self._r.execute(
+                "SELECT id, topic, expires_age_us, crc, body FROM message WHERE id >= ? AND id < ? ORDER BY id LIMIT ?",
+                (base | seq, base | stream.committed, rows_max),
+            ).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from error
+        finally:
+            self._r.text_factory = str
+        at_least = base | seq
+        for id_, topic, expires, crc, body in rows:
+            if id_ < at_least:
+                raise self._damaged(_out_of_order(id_))
+            at_least = id_ + 1
+            try:
+                text = topic.decode()
+                whole = crc32(body) == crc and (expires is None or type(expires) is int)
+            except (AttributeError, TypeError, UnicodeDecodeError):
+                whole = False
+            if whole:
+                out.append(Row(id_ & SEQ_MASK, text, expires, body))
+            elif id_ not in self._bad_rows:
+                self._bad_rows.add(id_)
+                size = len(body) if isinstance(body, bytes) else 0
+                self.lose(stream.name, id_ & SEQ_MASK, "corrupt", size, "the row's columns make no sense")
+        if rows and not out:
+            return self.read(stream, (rows[-1][0] & SEQ_MASK) + 1, rows_max, bytes_max)
+        return _within(out, bytes_max)
 
     def read_range(self, stream: Stream, start: int, end: int) -> Iterable[Row]:
         """Committed rows with start <= seq < end, read in bounded pieces."""
@@ -709,6 +766,10 @@ class Journal:
     def age_us(self) -> int:
         """Now, on the age clock, in microseconds."""
         return self._age.now_us(int(self._clock() * 1e6))
+
+    def _wall_us(self) -> int:
+        """For people only; held within what SQLite stores, whatever the clock believes."""
+        return max(-(1 << 63), min(int(self._wall() * 1e6), (1 << 63) - 1))
 
     def query(self, statement: str, parameters: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         """Read committed rows of the small tables (sessions, dead letters)."""
@@ -729,7 +790,7 @@ class Journal:
             batch = self._first_part(batch)
             self._afford(batch)
         self.under_way = batch
-        self.wall_us = int(self._wall() * 1e6)
+        self.wall_us = self._wall_us()
         self._delete_bytes_left = self.space.delete_bytes_full if self.disk_full else self.space.delete_bytes
         ex = self._w.execute
         try:
@@ -1111,6 +1172,22 @@ def _add(sums: dict[_K, list[int]], key: _K, more: list[int]) -> None:
     sum_ = sums.setdefault(key, [0, 0])
     sum_[0] += more[0]
     sum_[1] += more[1]
+
+
+def _out_of_order(id_: int) -> sqlite3.DatabaseError:
+    """A page of another place, whole in itself: SQLite does not notice, and reading on after it would go round."""
+    error = sqlite3.DatabaseError(f"row {id_} is in the wrong place")
+    error.sqlite_errorname = "SQLITE_CORRUPT"
+    return error
+
+
+def _within(rows: list[Row], bytes_max: int) -> list[Row]:
+    size = 0
+    for n, row in enumerate(rows):
+        size += len(row.body)
+        if size >= bytes_max:
+            return rows[: n + 1]
+    return rows
 
 
 def _from_tail(tail: deque[Chunk], seq: int, rows_max: int, bytes_max: int) -> list[Row]:

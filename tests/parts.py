@@ -73,6 +73,26 @@ def available(name: str) -> str | None:
     return None if reason is None else str(reason)
 
 
+def qpid_jms_lib() -> Path:
+    return Path(_deployed.qpid_jms_lib())
+
+
+def rhea_modules() -> Path:
+    return Path(_deployed.rhea_modules())
+
+
+def mqttjs() -> Path:
+    """mqtt.js as a browser loads it."""
+    return Path(_deployed.mqttjs())
+
+
+def browser() -> str:
+    """The path of a Chromium."""
+    found = _deployed.browser()
+    assert found is not None
+    return str(found)
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on just now."""
     while True:

@@ -36,7 +36,7 @@ from gateway.mqtt.connection import (
 )
 from gateway.mqtt.connection import Message as Published
 from gateway.mqtt.delivery import Delivery
-from gateway.mqtt.topics import filter_matches
+from gateway.mqtt.topics import check_filter, filter_matches
 from gateway.sessions import Session
 from security.identity import CertificateIdentity, certificate_identity
 from security.rules import Action
@@ -52,7 +52,6 @@ _CONNACK = {
 }
 SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 RESPONSE_PREFIX = "response/"
-ALIAS_BYTES = 6  # that a topic alias may add to a packet
 HOLD_RETRY_S = 0.2
 CLOSE_WAIT_S = 2.0
 WRITE_BUFFER_BYTES = 256 << 10
@@ -216,18 +215,26 @@ class Client(asyncio.Protocol):
         conn = self._conn
         return self._congested or self._transport is None or conn.closing or conn.awaiting_verdict
 
-    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool:
+    def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool:
         conn = self._conn
         if conn.unlimited:
             return True
-        section = len(delivery.section(identifiers, 0)) + ALIAS_BYTES if conn.version == V5 else 0
-        return conn.fits(4 + len(delivery.topic.encode()) + section + len(delivery.payload))
+        section = len(delivery.section(identifiers, 0)) if conn.version == V5 else 0
+        return conn.fits(2 + len(delivery.topic.encode()) + (2 if qos else 0) + section + len(delivery.payload))
 
     def in_use(self, packet_ids: Iterable[int]) -> None:
         self._conn.in_use(packet_ids)
 
     def reserve(self, qos: int, packet_id: int | None = None) -> int | None:
         return self._conn.reserve(qos, packet_id)
+
+    def come_back(self) -> None:
+        """There is more to read for the session; other clients have their turn first."""
+        self._loop.call_soon(self._pump_on)
+
+    def _pump_on(self) -> None:
+        if self._session is not None:
+            self._broker.pump(self._session)
 
     def pubrel(self, packet_ids: Iterable[int]) -> None:
         self._conn.pubrel(packet_ids)
@@ -308,7 +315,7 @@ class Client(asyncio.Protocol):
         # message under one of them would be taken for the one that the next event answers.
         if answered and self._session is not None:
             self._broker.answered(self._session)
-        if events:
+        if self._journal.pending:
             self._listener.committer.kick()
         self.flush()
 
@@ -422,12 +429,20 @@ class Client(asyncio.Protocol):
     def _refusal(self, topic: str, payload: bytes, properties: PublishProperties | None) -> Reason | None:
         if topic.startswith("$SYS/"):
             return Reason.NOT_AUTHORIZED  # the server's own (§4.7.2)
+        if properties is not None and self._asks_too_much(topic, properties.response_topic):
+            return Reason.NOT_AUTHORIZED
         if properties is not None and properties.payload_format_indicator == 1:
             try:
                 payload.decode()
             except UnicodeDecodeError:
                 return Reason.PAYLOAD_FORMAT_INVALID
         return None
+
+    def _asks_too_much(self, topic: str, asked: str | None) -> bool:
+        """A reply from the hub is published here in the name of who asked for it: it needs the right to do that."""
+        if asked is None or self._broker.router.route(topic, 1).reply_to is None:
+            return False
+        return asked.startswith("$SYS/") or (self._permit is not None and not self._permit.publish(asked))
 
     def _refuse(self, reason: Reason, message: Published, acknowledged: list[bytes]) -> bool:
         """Never to be taken, full or not. Without a word for it the message is in the ledger: nothing vanishes."""
@@ -534,6 +549,11 @@ class Client(asyncio.Protocol):
             case Unsubscribed(packet):
                 assert self._session is not None
                 codes = self._broker.unsubscribe(self._session, packet.filters)
+                if self._conn.version == V5:
+                    codes = [
+                        Reason.TOPIC_FILTER_INVALID if _ill_formed(filter_) else code
+                        for filter_, code in zip(packet.filters, codes, strict=True)
+                    ]
                 self._journal.wait(self, lambda: self._conn.unsuback(packet, codes))
             case Disconnected(packet, clean, reason):
                 log.info("client left", extra=self._who(clean=clean, reason=reason))
@@ -595,7 +615,9 @@ class Client(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._set_timer()
-        if not self._conn.closing:  # what was held may end with DISCONNECT
+        if self._conn.closing and not held:
+            self._leave(clean=True)  # refused after all: it never was connected, so its will means nothing
+        elif not self._conn.closing:  # what was held may end with DISCONNECT
             self._broker.attach(session, self)
         self._take(held)
         self._resume()
@@ -648,7 +670,7 @@ class Client(asyncio.Protocol):
         for topic, value in figures:
             if not self.congested and any(filter_matches(f, topic) for f in filters):
                 delivery = Delivery(topic, value, 0, True, None, None, None)
-                if self.takes(delivery, ()):
+                if self.takes(delivery, 0, ()):
                     self.deliver(delivery, 0, retain, ())
         self.flush()
 
@@ -680,6 +702,9 @@ class Client(asyncio.Protocol):
         if will is not None and self._permit is not None and not self._permit.publish(will.topic):
             self._log_forbidden(Action.PUBLISH, will.topic, client=client_id, will=True)
             self._conn.refuse(Reason.NOT_AUTHORIZED, "the will's topic is not allowed")
+            return False
+        if will is not None and self._asks_too_much(will.topic, will.properties.response_topic):
+            self._conn.refuse(Reason.NOT_AUTHORIZED, "the will's response topic is not allowed")
             return False
         return True
 
@@ -713,6 +738,8 @@ class Client(asyncio.Protocol):
             self._log_forbidden(Action.SUBSCRIBE, filter_, session=True)
 
     def _subscription_refusal(self, filter: str) -> Reason | None:
+        if self._conn.version == V5 and _ill_formed(filter):
+            return Reason.TOPIC_FILTER_INVALID
         if self._permit is not None and not self._permit.subscribe(filter):
             self._log_forbidden(Action.SUBSCRIBE, filter)
             return Reason.NOT_AUTHORIZED  # 0x80 on 3.1.1
@@ -809,13 +836,22 @@ class Client(asyncio.Protocol):
         }
 
 
+def _ill_formed(filter: str) -> bool:
+    """Of a 5.0 client: one of 3.1.1 was closed already for such a filter."""
+    try:
+        check_filter(filter)
+    except ValueError:
+        return True
+    return False
+
+
 def _run_of(messages: list[Published], at: int) -> list[Published]:
-    """The messages from `at` on that differ in nothing but packet id and payload, and have no properties."""
+    """The messages from `at` on that differ in nothing but packet id and payload: no properties, not retained."""
     topic, qos = messages[at][0], messages[at][1]
     end, count = at + 1, len(messages)
     while end < count:  # HOT: tests/bench, intake
         message = messages[end]
-        if message[0] is not topic or message[6] is not None or message[1] != qos:
+        if message[0] is not topic or message[6] is not None or message[1] != qos or message[2]:
             break
         end += 1
     return messages if end - at == count else messages[at:end]

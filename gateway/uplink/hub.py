@@ -39,6 +39,7 @@ from gateway.amqp.sasl import SaslClient
 from gateway.config import Hub, HubUrl, Inbound, Outbound
 from gateway.errors import PeerError
 from gateway.mqtt.topics import check_topic
+from gateway.replies import Inlet, Requests
 from gateway.uplink.drain import Drain
 from gateway.uplink.intake import Intake, Retain
 from gateway.uplink.state import ATTEMPTS_MAX, Failure, LinkState, State
@@ -80,12 +81,15 @@ class HubLink:
         journal: Journal,
         kick: Callable[[], None],
         retain: Retain | None = None,
+        requests: Requests | None = None,
     ) -> None:
         self._retain = retain
+        self._requests = requests
         self.hub = hub
         self.gateway = gateway
         self.journal = journal
         self._kick = kick
+        self._answers = next((o.answers for o in outbound if o.answers is not None), None)
         self._loop = asyncio.get_running_loop()
         self.state = LinkState(
             [str(u) for u in hub.urls], random.Random(), self._loop.time(), hub.retry_min_s, hub.retry_max_s
@@ -294,13 +298,16 @@ class HubLink:
         if engine.closing:
             return
         config, kind = way.config, self.hub.kind
-        address = config.address_for(self.gateway)
+        address: str | None = config.address_for(self.gateway)
         durable = kind in ("rabbitmq", "lineside")
+        queue: tuple[str, ...] = ("queue",) if kind == "artemis" else ()
+        if isinstance(config, Outbound) and config.answers is not None:
+            address, durable, queue = None, False, ()  # the anonymous terminus: each message says where to
         terminus = Terminus(
             address=address,
             durability=Durability.UNSETTLED_STATE if durable else Durability.NONE,
             expiry=Expiry.NEVER if durable else Expiry.SESSION_END,
-            capabilities=("queue",) if kind == "artemis" else (),
+            capabilities=queue,
         )
         name = f"lineside:{self.gateway}:{config.stream}"
         # Each link has a session of its own: some hubs end the whole session for one attach they do not like.
@@ -355,8 +362,11 @@ class HubLink:
             assert isinstance(way.config, Inbound)
             place = self._place(way.config, way.stream)
             link.whole_windows = self.hub.kind == "rabbitmq"
+            inlet = None
+            if self._requests is not None:
+                inlet = Inlet(self._requests, self.gateway, way.stream, self._answers)
             way.intake = Intake(
-                self.journal, link, way.config.credit, place, self._flush, self.state.settled, self._retain
+                self.journal, link, way.config.credit, place, self._flush, self.state.settled, self._retain, inlet
             )
 
     def _place(self, config: Inbound, stream: Stream) -> Callable[[Message], tuple[Stream, str]]:
@@ -475,6 +485,8 @@ class _Attempt:
                 )
         except ssl.SSLCertVerificationError as error:
             self._end(f"the hub's certificate: {error.verify_message}", Failure.AUTHENTICATION)
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+            self._end(f"TLS: the connection ended in the handshake: {error.reason or error}", Failure.UNREACHABLE)
         except ssl.SSLError as error:
             self._end(f"TLS: {error.reason or error}", Failure.HANDSHAKE)
         except TimeoutError:
@@ -523,9 +535,11 @@ class _Attempt:
             self.owner.on_events(events)
 
     def on_lost(self, error: Exception | None) -> None:
+        # Closed before it said a word, that was not the hub but something on the way to it (a proxy, a carrier's NAT).
+        heard = self.protocol is not None and self.protocol.heard
         text, failure = self._reason or (
             f"the connection ended: {error}" if error else "the hub ended the connection",
-            Failure.HANDSHAKE,
+            Failure.HANDSHAKE if heard else Failure.UNREACHABLE,
         )
         self._end(text, failure)
 

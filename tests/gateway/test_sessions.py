@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from gateway.amqp.message import ANNOTATION_RETAIN, Template
 from gateway.broker import Broker
 from gateway.config import loads
 from gateway.mqtt.codec import Connect, PublishProperties, Will, WillProperties
 from gateway.mqtt.delivery import Delivery
-from gateway.sessions import Session
+from gateway.sessions import PUMP_ROWS_MAX, Session
 from storeforward.journal import Journal
 
 CONFIG = """
@@ -54,6 +55,7 @@ class Outlet:
         self.released: list[int] = []
         self.taken: set[int] = set()
         self.congested = False
+        self.turns_owed = 0
 
     @property
     def window_left(self) -> int:
@@ -63,7 +65,7 @@ class Outlet:
     def payloads(self) -> list[bytes]:
         return [g.payload for g in self.got]
 
-    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool:
+    def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool:
         return len(delivery.payload) <= self.size_max
 
     def in_use(self, packet_ids: Iterable[int]) -> None:
@@ -99,6 +101,9 @@ class Outlet:
 
     def flush(self) -> None:
         pass
+
+    def come_back(self) -> None:
+        self.turns_owed += 1
 
 
 @pytest.fixture
@@ -388,6 +393,40 @@ def test_a_new_subscriber_is_given_what_is_retained_and_the_newest_only(journal:
     assert [(g.payload, g.retain) for g in outlet.got[2:]] == [(b"live", False)]
 
 
+@pytest.mark.parametrize("expiry_s", [0, None])
+def test_what_is_retained_on_a_hubs_stream_is_given_to_who_begins_to_read_it(
+    journal: Journal, expiry_s: int | None
+) -> None:
+    broker = broker_on(journal)
+    first = Outlet()
+    session, _ = come(broker, "first", first, expiry_s=expiry_s)
+    subscribe(broker, session, "commands/#")
+    stream = journal.streams["commands"]
+    template = Template("depot", 1, "s", None, "x", annotations={ANNOTATION_RETAIN: True})
+    seq = journal.append(stream, "commands/x", template.encode, b"kept")
+    broker.retain_received(stream, seq, "commands/x", template.encode(seq, b"kept"), None)
+    commit(broker)
+    assert first.payloads == [b"kept"]
+    late = Outlet()
+    session, _ = come(broker, "late", late, expiry_s=expiry_s)
+    subscribe(broker, session, "commands/#")
+    arrive(broker, 0, 1)
+    assert [(g.payload, g.retain) for g in late.got] == [(b"kept", True), (b"0", False)]
+
+
+def test_what_is_held_for_a_first_reader_comes_once_though_it_is_retained_too(journal: Journal) -> None:
+    broker = broker_on(journal)
+    stream = journal.streams["commands"]
+    template = Template("depot", 1, "s", None, "x", annotations={ANNOTATION_RETAIN: True})
+    seq = journal.append(stream, "commands/x", template.encode, b"kept")
+    broker.retain_received(stream, seq, "commands/x", template.encode(seq, b"kept"), None)
+    commit(broker)
+    first = Outlet()
+    session, _ = come(broker, "first", first)
+    subscribe(broker, session, "commands/#")
+    assert first.payloads == [b"kept"]
+
+
 def test_retained_messages_survive_a_restart_and_expire_in_their_time(tmp_path: Path) -> None:
     now = 1000.0
     journal = Journal.open(tmp_path, clock=lambda: now)
@@ -661,3 +700,27 @@ def test_a_message_of_qos_2_goes_again_after_a_restart_as_its_subscription_asks(
     come(broker, "app", outlet)
     assert [(g.payload, g.qos, g.retain, g.dup, g.identifiers) for g in outlet.got] == [(b"1", 2, True, True, (7,))]
     journal.close()
+
+
+def test_a_reader_with_much_to_pass_over_comes_back_until_it_has_what_it_wants(journal: Journal) -> None:
+    """Its socket was full for a while; when it takes more again, nobody else would wake the session."""
+    broker = broker_on(journal)
+    outlet = Outlet()
+    session, _ = come(broker, "app", outlet)
+    subscribe(broker, session, "wanted")
+    other, _ = come(broker, "other", Outlet(window=0))  # for it, what nobody else wants is kept
+    subscribe(broker, other, "noise")
+    outlet.congested = True
+    say(broker, "wanted", b"1")
+    for _ in range(3 * PUMP_ROWS_MAX):
+        broker.publish("noise", 1, False, b"", None, journal.age_us(), None)
+    say(broker, "wanted", b"2")
+    outlet.congested = False
+    broker.pump(session)
+    turns = 0
+    while outlet.turns_owed:
+        outlet.turns_owed -= 1
+        turns += 1
+        broker.pump(session)
+    assert outlet.payloads == [b"1", b"2"]
+    assert turns < 10

@@ -222,7 +222,7 @@ def test_nothing_the_hub_sends_is_lost_or_reordered_on_its_way_to_the_apps(
         daemon = start(config_of(broker.url, version), hub_port)
         wait_up(daemon)
         app = App(broker.port, reads="commands/#")
-        wait_until(lambda: hub.status() and "lineside:loco:commands" in str(cursors(hub)))
+        wait_until(lambda: hub.status() and "lineside%3Aloco%3Acommands" in str(cursors(hub)))
         sender = Client(hub.port)
         faults = ["kill"] * KILLS + ["restart"] * RESTARTS
         chance.shuffle(faults)
@@ -293,13 +293,14 @@ def test_properties_cross_the_bridge_both_ways(tmp_path: Path, start: Callable[.
     with Mosquitto(BROKER, directory=tmp_path / "mosquitto") as broker:
         daemon = start(config_of(broker.url), hub_port)
         wait_up(daemon)
-        wait_until(lambda: "lineside:loco:commands" in str(cursors(hub)))
+        wait_until(lambda: "lineside%3Aloco%3Acommands" in str(cursors(hub)))
         app = App(broker.port, version="5.0", reads="commands/#")
         properties = Properties(PacketTypes.PUBLISH)
         properties.ContentType = "text/plain"
         properties.ResponseTopic = "answers/here"
         properties.CorrelationData = b"\x00\x01"
         properties.MessageExpiryInterval = 600
+        properties.PayloadFormatIndicator = 1
         properties.UserProperty = [("a", "1"), ("a", "2")]
         sender = Client(hub.port, MQTTProtocolVersion.MQTTv5)
         sender.client.publish("down", b"go", qos=1, properties=properties)
@@ -314,6 +315,7 @@ def test_properties_cross_the_bridge_both_ways(tmp_path: Path, start: Callable[.
             b"\x00\x01",
         )
         assert found.UserProperty == [("a", "1"), ("a", "2")]
+        assert found.PayloadFormatIndicator == 1
         hub.end()
         app.client.publish("train/door", b"shut", qos=1, properties=properties)
         wait_until(lambda: daemon.rows() == 1)
@@ -323,6 +325,7 @@ def test_properties_cross_the_bridge_both_ways(tmp_path: Path, start: Callable[.
     assert (message.body, message.content_type, message.reply_to) == (b"shut", "text/plain", "answers/here")
     assert message.correlation_id == b"\x00\x01"
     assert message.annotations["x-opt-lineside-user-properties"] == ["a", "1", "a", "2"]
+    assert message.annotations["x-opt-lineside-payload-format"] == 1
     assert message.ttl_ms is not None
     assert 590_000 < message.ttl_ms <= 600_000
 
@@ -335,7 +338,7 @@ def test_what_the_bridge_publishes_does_not_come_back_to_it(tmp_path: Path, star
         both = config_of(broker.url).replace('["train/#"]', '["train/#", "commands/#"]')
         daemon = start(both, hub_port)
         wait_up(daemon)
-        wait_until(lambda: "lineside:loco:commands" in str(cursors(hub)))
+        wait_until(lambda: "lineside%3Aloco%3Acommands" in str(cursors(hub)))
         app = App(broker.port, reads="commands/#")
         sender = Client(hub.port)
         sender.client.publish("down", b"1", qos=1)
