@@ -31,6 +31,8 @@ LAZY_ROWS_MAX = 64
 GROUP_ROWS_A_TURN = 16
 # Rows of a stream that may be sent to a client behind one that it does not acknowledge.
 AHEAD_ROWS_MAX = 4096
+# Retained messages that one session is owed: more than a gateway retains by default.
+DUE_MAX = 200_000
 
 
 class Outlet(Protocol):
@@ -126,7 +128,10 @@ class SentState(IntEnum):
 
 @dataclass(eq=False, slots=True)
 class Sent:
-    """`place`: the feed it was read from, the group that handed it out, or None: retained, and seq is its number."""
+    """`place`: the feed it was read from, the group that handed it out, or None: retained, and seq is its number.
+
+    `restored`: begun before a restart, so that what its subscriptions ask for has to be looked up again.
+    """
 
     packet_id: int
     place: Feed | Group | None
@@ -136,6 +141,7 @@ class Sent:
     tried: bool = False
     retain: bool = False
     identifiers: tuple[int, ...] = ()
+    restored: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -268,7 +274,7 @@ class Session:
     def restore(self, stream: Stream | None, seq: int, packet_id: int, state: SentState) -> None:
         """What the journal remembers of a message of QoS 2 under way. In order of stream and seq."""
         feed = None if stream is None else self.feeds.get(stream)
-        sent = Sent(packet_id, feed, seq, 2, state, tried=True)
+        sent = Sent(packet_id, feed, seq, 2, state, tried=True, restored=True)
         if feed is not None:
             if seq < feed.cursor.position:
                 if state is SentState.DONE:
@@ -291,8 +297,15 @@ class Session:
     def owe(self, messages: Iterable[tuple[Retained, int, tuple[int, ...]]]) -> bool:
         """Retained messages to give the client before anything newer; whether that waits for a commit."""
         added = False
+        waiting = {due for n, due in self.due.items() if n not in self._due_sent}
         for message, qos, identifiers in messages:
-            self.due[self._due_next] = Due(message.topic, qos, identifiers)
+            due = Due(message.topic, qos, identifiers)
+            if due in waiting:
+                continue  # a client that subscribes again and again, and does not read, is owed no more by it
+            if len(self.due) >= DUE_MAX:
+                self._journal.lose("retained", 0, "too-many-due", message.size, self.cursor_name)
+                continue
+            self.due[self._due_next] = due
             if self.durable:
                 self._journal.execute(
                     "INSERT INTO mqtt_retained_due VALUES (?, ?, ?, ?, ?)",
@@ -510,6 +523,12 @@ class Session:
             # Begun once, it is finished, whatever was unsubscribed or expired meanwhile (MQTT-3.10.4-3).
             if again.state is SentState.SENT:
                 delivery = self._desk.delivery(feed.stream, row)
+                if again.restored:
+                    want = self._desk.audience(feed.stream, row.topic).get(self)
+                    want = None if want is None else want.at(feed.stream.name, row.seq)
+                    if want is not None:
+                        again.identifiers = want.identifiers
+                        again.retain = delivery.retain and want.retain_as_published
                 if not self._send(delivery, again.qos, again.retain, again.identifiers, feed, row.seq, outlet, again):
                     return False
             del feed.again[row.seq]

@@ -687,6 +687,21 @@ def test_sessions_that_want_nothing_of_it_do_not_hold_a_stream(journal: Journal)
     assert broker.local.rows == 0
 
 
+def test_a_message_of_qos_2_goes_again_after_a_restart_as_its_subscription_asks(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path)
+    broker = broker_on(journal)
+    session, _ = come(broker, "app", Outlet())
+    subscribe(broker, session, "a/#", 2, options=2, identifier=7)
+    say(broker, "a/x", b"1", 2, retain=True)
+    journal.close()
+    journal = Journal.open(tmp_path)
+    broker = broker_on(journal)
+    outlet = Outlet()
+    come(broker, "app", outlet)
+    assert [(g.payload, g.qos, g.retain, g.dup, g.identifiers) for g in outlet.got] == [(b"1", 2, True, True, (7,))]
+    journal.close()
+
+
 def test_a_reader_with_much_to_pass_over_comes_back_until_it_has_what_it_wants(journal: Journal) -> None:
     """Its socket was full for a while; when it takes more again, nobody else would wake the session."""
     broker = broker_on(journal)

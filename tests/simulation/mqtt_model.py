@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gateway.mqtt.codec import (
-    V3,
     V5,
     Connack,
     Connect,
@@ -192,7 +191,7 @@ class Client:
         self.forget_connection()
         self.connections += 1
         connection = self.connections
-        # What may be over on the other side is begun anew: a CONNACK that says so may be lost, and the next says nothing.
+        # What may be over on the other side is begun anew: the CONNACK that says so may be lost, and the next does not.
         over = self.alive_until_s is not None and self.world.now >= self.alive_until_s - 5
         self.clean = clean or over or self.must_be_clean or not self.durable
         self.must_be_clean = self.must_be_clean or self.clean
@@ -364,7 +363,8 @@ class Client:
         return number
 
     def publish(self, topic: str, qos: int, retain: bool, *, empty: bool = False) -> Sent | None:
-        assert self.wire is not None and self.up
+        assert self.wire is not None
+        assert self.up
         if qos and len(self.out) >= RECEIVE_MAXIMUM:
             return None
         self.count += 1
@@ -378,7 +378,8 @@ class Client:
         return message
 
     def subscribe(self, filters: list[tuple[str, int]]) -> None:
-        assert self.wire is not None and self.up
+        assert self.wire is not None
+        assert self.up
         number = self._id()
         subs = []
         for filter_, qos in filters:
@@ -391,7 +392,8 @@ class Client:
         self.wire.send(Subscribe(number, tuple(Subscription(filter_, qos) for filter_, qos in filters)))
 
     def unsubscribe(self, filter_: str) -> None:
-        assert self.wire is not None and self.up
+        assert self.wire is not None
+        assert self.up
         for sub in self.held:
             if sub.filter == filter_ and sub.until is None:
                 sub.until = self.now()
@@ -415,11 +417,8 @@ class Client:
                     will.fate = "not" if not will.wire.to_gateway else "either"
                 elif not will.accepted:
                     will.fate = "either"
-                elif not will.delay_s or not self.keeps_of(will):
+                elif not will.delay_s:
                     will.fate = "must"
-
-    def keeps_of(self, will: LastWill) -> bool:
-        return self.durable
 
     def crashed(self) -> None:
         for will in self.wills:
@@ -429,6 +428,3 @@ class Client:
 
     def counts(self, epoch: int, *, retained: bool = False) -> Counter[bytes]:
         return Counter(got.payload for got in self.log if got.epoch == epoch and got.retain is retained)
-
-
-__all__ = ["V3", "V5", "Client", "Got", "Held", "LastWill", "Sent", "takes"]

@@ -1,7 +1,7 @@
 """Whole lives of MQTT sessions, moved at random: cuts, take-overs, failed commits, crashes; then the books are checked.
 
-Each run is one seed, and its steps are nothing but what the seed says. `LINESIDE_SIMULATION_S` gives it more time, and
-`LINESIDE_SIMULATION_SEED` one seed to run again, with its steps printed.
+Each run is one seed, and its steps are nothing but what the seed says. `LINESIDE_SIMULATION_S` gives it more time,
+`LINESIDE_SIMULATION_FIRST` other seeds, `LINESIDE_SIMULATION_SEED` one to run again; one that fails prints its steps.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 
 from gateway.groups import GROUP_AHEAD_MAX
+from gateway.mqtt.codec import V3, V5
 from gateway.sessions import AHEAD_ROWS_MAX
-from tests.simulation.mqtt_model import V3, V5, Client, Sent, takes
+from tests.simulation.mqtt_model import Client, Sent, takes
 from tests.simulation.mqtt_world import STEPS_MAX, World
 
 BUDGET_S = float(os.environ.get("LINESIDE_SIMULATION_S", "15"))
+FIRST = int(os.environ.get("LINESIDE_SIMULATION_FIRST", "0"))
 SEED = os.environ.get("LINESIDE_SIMULATION_SEED")
 STEPS = 250
 FILTERS = ["a/#", "a/+/x", "a/c0/x", "s/#", "up/#", "r/#", "#", "$share/g/s/#", "$share/g/a/#"]
@@ -336,7 +338,8 @@ class Simulation:
             for will in client.wills:
                 # Its publication may not have been committed; after a restart the client has time to come back.
                 # Nor may its goodbye: nothing acknowledges a DISCONNECT.
-                if (will.fate == "must" and will.payload not in told) or (will.fate == "not" and will.goodbye):
+                untold = will.fate == "must" and will.payload not in told
+                if untold or (will.fate == "not" and will.goodbye):
                     will.fate = "either"
         return f"CRASH{', the commit was on disk' if committed else ''}"
 
@@ -394,7 +397,8 @@ class Simulation:
 
     def check(self) -> None:
         for client in self.everybody:
-            assert client.up and not client.out, f"{client.name} has unfinished messages: {client.out}"
+            assert client.up
+            assert not client.out, f"{client.name} has unfinished messages: {client.out}"
             assert not client.store, f"{client.name} was not told to release {client.store}"
             self.check_subscriber(client)
         self.check_shared()
@@ -403,6 +407,9 @@ class Simulation:
         self.check_journal()
 
     def check_subscriber(self, client: Client) -> None:
+        topics = {message.payload: message.topic for message in self.messages if message.payload}
+        for heard in client.log:
+            assert heard.topic == topics.get(heard.payload, heard.topic), f"{client.name} got {heard} on a wrong topic"
         for epoch in range(client.epoch + 1):
             got = client.counts(epoch)
             asked = [sub for sub in client.held if sub.epoch == epoch]
@@ -513,7 +520,8 @@ class Simulation:
         other.subscribe([("#", 1)])
         self.exchange()
         found = {g.topic: g.payload for g in other.log}
-        assert len(found) == len(other.log) and all(g.retain for g in other.log)
+        assert len(found) == len(other.log)
+        assert all(g.retain for g in other.log)
         for topic in expected.keys() | found.keys():
             candidates = expected.get(topic, set()) | {
                 m.payload for m in self.messages if m.topic == topic and m.retain and (m.times > 1 or m.unsure)
@@ -548,19 +556,23 @@ class Simulation:
         journal = self.world.journal
         for stream in journal.streams.values():
             for cursor in stream.cursors.values():
-                assert cursor.position == stream.committed, f"{cursor} in {stream.name} is not at {stream.committed}"
-                assert cursor.durable == stream.committed
+                assert cursor.position >= stream.committed, f"{cursor} in {stream.name} is not at {stream.committed}"
+                assert cursor.durable >= stream.committed
         assert journal.query("SELECT count(*) FROM message") == [(0,)]
         for table in ("mqtt_outgoing", "mqtt_incoming", "mqtt_retained_due"):
             assert not journal.query(f"SELECT * FROM {table}"), table
         for session in self.world.broker.sessions.values():
-            assert not session.sent and not session.incoming and not session.due
+            assert not session.sent
+            assert not session.incoming
+            assert not session.due
             assert not any(feed.order or feed.again for feed in session.feeds.values())
-            assert not session._due_sent and not session._due_again
+            assert not session._due_sent
+            assert not session._due_again
         for client in self.everybody:
             assert client.wire is not None
             conn = client.wire.client._conn
-            assert not conn._in_flight and not conn._unreleased
+            assert not conn._in_flight
+            assert not conn._unreleased
             assert conn.unacknowledged == 0 or conn.version == V3
 
     def end_all(self) -> None:
@@ -582,7 +594,9 @@ class Simulation:
         self.world.keep_house()
         self.exchange()
         broker = self.world.broker
-        assert not broker.sessions and not broker.shares and not len(broker._tree)
+        assert not broker.sessions
+        assert not broker.shares
+        assert not len(broker._tree)
         assert len(broker.wills._by_client) == 0
         for table in TABLES:
             rows = self.world.journal.query(f"SELECT * FROM {table}")
@@ -607,6 +621,16 @@ def run(seed: int, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Simulati
     return simulation
 
 
+# Seeds that broke something once. What a seed does changes with the steps above, so what it broke is told again, as a
+# story of its own, in test_mqtt_faults.py.
+KEPT = [0, 20, 40, 150, 565, 608, 1169, 1322, 5519]
+
+
+@pytest.mark.parametrize("seed", KEPT)
+def test_what_broke_once_holds(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(seed, tmp_path, monkeypatch)
+
+
 def test_whatever_is_cut_nothing_acknowledged_is_lost_repeated_or_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -614,8 +638,8 @@ def test_whatever_is_cut_nothing_acknowledged_is_lost_repeated_or_left_behind(
         run(int(SEED), tmp_path, monkeypatch)
         return
     end = time.monotonic() + BUDGET_S
-    seed = int(os.environ.get("LINESIDE_SIMULATION_FIRST", "0"))
+    seed = FIRST
     while time.monotonic() < end:
         run(seed, tmp_path, monkeypatch)
         seed += 1
-    print(f"{seed} runs")
+    print(f"{seed - FIRST} runs")
