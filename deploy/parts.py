@@ -1,8 +1,8 @@
 """Fetches the brokers and tools that the tests run against, and says which are here.
 
 `python deploy/parts.py list` and `python deploy/parts.py fetch [--all | PART...]`. Needs the standard library only.
-Each part comes through its own ordinary client: Maven for Artemis, Go for Toxiproxy, npm for mqtt.js, apt-get for the
-rest.
+Each part comes through its own ordinary client: Maven for Artemis and Qpid JMS, Go for Toxiproxy, npm for rhea and
+mqtt.js, apt-get for the rest.
 Fetched parts live in `.parts/` beside this directory, or in $LINESIDE_PARTS, under a name that holds their
 version. Knows nothing of how a part is started (tests/parts.py does).
 """
@@ -38,6 +38,10 @@ MQTTJS_SHA512 = (
     "5e4b07427ddf416884727117ddd806f21431262e514cf920d07ad8bff886ce9f"
 )
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+QPID_JMS_VERSION = "2.6.1"  # as in deploy/examples/jms/pom.xml
+RHEA_VERSION = "3.0.5"  # as in deploy/examples/rhea/package.json
+EXAMPLES = Path(__file__).resolve().parent / "examples"
+MAVEN_COPY_ALL = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy-dependencies"
 MAVEN_COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy"
 
 FETCH_TIMEOUT_S = 900
@@ -69,6 +73,14 @@ def mqttjs() -> Path:
 def browser() -> str | None:
     """A Chromium that runs without a screen."""
     return next((path for name in BROWSERS if (path := program(name))), None)
+
+
+def qpid_jms_lib() -> Path:
+    return parts_dir() / f"qpid-jms-{QPID_JMS_VERSION}"
+
+
+def rhea_modules() -> Path:
+    return parts_dir() / f"rhea-{RHEA_VERSION}" / "node_modules"
 
 
 def program(name: str) -> str | None:
@@ -135,6 +147,18 @@ def _missing_chromium() -> str | None:
     return None if browser() else "Chromium is not installed (Debian: chromium-headless-shell)"
 
 
+def _missing_qpid_jms() -> str | None:
+    if not qpid_jms_lib().exists():
+        return f"Qpid JMS {QPID_JMS_VERSION} is not in {parts_dir()}: run deploy/parts.py fetch qpid-jms"
+    return _missing_java() if program("javac") else "needs a Java compiler (Debian: default-jdk-headless)"
+
+
+def _missing_rhea() -> str | None:
+    if not rhea_modules().exists():
+        return f"rhea {RHEA_VERSION} is not in {parts_dir()}: run deploy/parts.py fetch rhea"
+    return None if program("node") else "Node is not installed (Debian: nodejs)"
+
+
 # Fetching: each returns only when the part is in place, and raises FetchError otherwise.
 
 
@@ -174,6 +198,27 @@ def _fetch_toxiproxy() -> None:
         _run("go", "install", TOXIPROXY_MODULE, cwd=work, GOBIN=work)
         binary.parent.mkdir(exist_ok=True)
         Path(work, "server").rename(binary)
+
+
+def _fetch_qpid_jms() -> None:
+    if _missing_java() or program("javac") is None:
+        _apt_install("default-jdk-headless")
+    if program("mvn") is None:
+        _apt_install("maven")
+    with tempfile.TemporaryDirectory(dir=parts_dir(), prefix="fetch-") as work:
+        pom = EXAMPLES / "jms" / "pom.xml"
+        _run("mvn", "-B", "-q", "-f", str(pom), MAVEN_COPY_ALL, f"-DoutputDirectory={work}/lib", cwd=work)
+        Path(work, "lib").rename(qpid_jms_lib())
+
+
+def _fetch_rhea() -> None:
+    if program("npm") is None:
+        _apt_install("nodejs", "npm")
+    with tempfile.TemporaryDirectory(dir=parts_dir(), prefix="fetch-") as work:
+        shutil.copy(EXAMPLES / "rhea" / "package.json", work)
+        _run("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--silent", cwd=work)
+        rhea_modules().parent.mkdir(exist_ok=True)
+        Path(work, "node_modules").rename(rhea_modules())
 
 
 def _fetch_rabbitmq() -> None:
@@ -275,6 +320,8 @@ PARTS = {
         Part("artemis", "ActiveMQ Artemis, the hub of most tests", _missing_artemis, _fetch_artemis),
         Part("rabbitmq", "RabbitMQ with AMQP 1.0 and MQTT", _missing_rabbitmq, _fetch_rabbitmq),
         Part("mosquitto", "Mosquitto and its clients", _missing_mosquitto, _fetch_mosquitto),
+        Part("qpid-jms", "Qpid JMS, an AMQP client in Java", _missing_qpid_jms, _fetch_qpid_jms),
+        Part("rhea", "rhea, an AMQP client in Node", _missing_rhea, _fetch_rhea),
         Part("toxiproxy", "Toxiproxy, links that fail on command", _missing_toxiproxy, _fetch_toxiproxy),
         Part("mqttjs", "mqtt.js, for the page of the examples", _missing_mqttjs, _fetch_mqttjs),
         Part("chromium", "a browser that shows that page", _missing_chromium, _fetch_chromium),

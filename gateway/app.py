@@ -37,7 +37,7 @@ from gateway.uplink import netlink
 from gateway.uplink.hub import HubLink
 from security.tls import TLSFileError
 from storeforward import maintenance
-from storeforward.errors import JournalError
+from storeforward.errors import JournalError, JournalFull
 from storeforward.journal import Batch, Journal
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ class App:
                 message_max_bytes=amqp.message_max_bytes,
                 idle_timeout_s=amqp.idle_timeout_s,
                 window=amqp.window,
+                access=self.access,
             )
             await self._serve(self._amqp.protocol, amqp, amqp.connections_max, "amqp")
 
@@ -219,7 +220,7 @@ class App:
         for hub in self._hubs:
             hub.committed()
         if self._amqp is not None:
-            self._amqp.committed()
+            self._amqp.committed(batch)
         if self._bridge is not None:
             self._bridge.committed()
 
@@ -239,10 +240,10 @@ class App:
     def _housekeeping(self) -> None:
         self.broker.run_due()
         self.broker.trim_sessions()
+        if self._amqp is not None:
+            self._amqp.housekeeping()
         self.broker.retained.expire(self.journal.age_us())
         self.journal.reclaim()
-        if self.journal.disk_full:
-            self.journal.pending.touched[self.broker.local] = None  # every commit also looks for space
         if self.journal.pending:
             self.committer.kick()
         self._loop.call_later(HOUSEKEEPING_S, self._housekeeping)
@@ -269,8 +270,7 @@ class App:
             self._loop.call_later(self.config.mqtt.sys_interval_s, self._publish_sys)
 
     def _measure(self) -> None:
-        received = self._mqtt.received if self._mqtt is not None else 0
-        received += self._bridge.received if self._bridge is not None else 0
+        received = sum(each.received for each in (self._mqtt, self._amqp, self._bridge) if each is not None)
         settled = sum(h.settled for h in self._hubs)
         self._rates = (received - self._counted[0]) / RATE_S, (settled - self._counted[1]) / RATE_S
         self._counted = received, settled
@@ -310,6 +310,8 @@ class App:
         logging.getLogger().setLevel(config.gateway.log_level.upper())
         self.broker.reload(config)
         self.access.reload(config)
+        if self._amqp is not None:
+            self._amqp.reload()
         if self._mqtt is not None:
             self._mqtt.rules_changed()
         for tls in self._certificates:
@@ -370,7 +372,10 @@ class App:
         if failed:
             log.critical("stopped by a journal error; the next start deals with it", extra={"error": str(self._error)})
             return 1
-        self.journal.close()
+        try:
+            self.journal.close()
+        except JournalFull as error:
+            log.error("the last cursors were not stored; some messages go again", extra={"error": error.reason})
         log.info("stopped")
         return 0
 
@@ -431,6 +436,8 @@ class App:
             for s in self.broker.sessions.values()
             if s.client_id not in here
         ]
+        if self._amqp is not None:
+            away += self._amqp.away()
         return {"clients": connected, "away": away}
 
     def _reload_command(self, _: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from gateway.mqtt.codec import PublishProperties
 from gateway.mqtt.mapping import append_with
 from gateway.routing import Router
 from storeforward.errors import JournalFull
-from storeforward.journal import PENDING_BYTES_MAX, Journal
+from storeforward.journal import Journal
 from storeforward.streams import Cursor, Row, Stream
 
 CURSOR = "bridge"
@@ -90,7 +90,9 @@ class Inflow:
     @property
     def full(self) -> bool:
         """Whether to stop reading. A broker that keeps to a window never gets us there; one that knows none does."""
-        return self._queue_bytes >= HELD_BYTES_MAX or self._journal.pending.size_bytes > PENDING_BYTES_MAX
+        return (
+            self._queue_bytes >= HELD_BYTES_MAX or self._journal.pending.size_bytes > self._journal.space.pending_bytes
+        )
 
     def connected(self) -> None:
         """A new connection: what is unanswered comes again, and answers to the old connection's are void."""

@@ -21,10 +21,11 @@ from gateway.mqtt.tree import FilterTree
 from gateway.replies import Requests
 from gateway.retained import Retained, RetainedStore
 from gateway.routing import Router, filters_overlap, inbound_filter
-from gateway.sessions import Due, Feed, Outlet, SentState, Session, ShareGroup, Subscription, Want
+from gateway.sessions import Due, Feed, Item, Outlet, SentState, Session, ShareGroup, Subscription, Want
 from gateway.wills import Testament, Wills
 from storeforward.errors import JournalFull
-from storeforward.journal import Batch, Journal
+from storeforward.journal import Appended, Batch, Journal
+from storeforward.schema import SEQ_MASK
 from storeforward.streams import COLUMNS, Row, Stream, StreamLimits, WhenFull
 
 log = logging.getLogger("lineside.broker")
@@ -38,6 +39,8 @@ TRIM_ROWS_MAX = 10_000
 CATCH_UP_ROWS = 4096
 SYS = "$SYS"
 SHARED_QOS_MAX = 1
+# Commits of more rows are read by each session at its own pace.
+LIVE_ROWS_MAX = 64
 
 Reader = Session | ShareGroup
 
@@ -58,11 +61,13 @@ class Broker:
         self.requests = Requests(journal)
         self.schedule: Callable[[float], None] = lambda delay_s: None
         self._tree: FilterTree[tuple[Reader, str]] = FilterTree()
-        self._audiences: dict[tuple[int, str], dict[object, Want]] = {}
+        self._audiences: dict[tuple[int, str], dict[Reader, Want]] = {}
         self._deliveries: dict[tuple[int, int], Delivery] = {}
         self._delivery_bytes = 0
         self._filters: dict[Stream, list[str]] = {}
         self._rows_since = 0
+        # Whether AMQP apps are to find this topic's messages in a queue, though none of them reads there yet.
+        self.queue_for: Callable[[str], bool] = lambda topic: False
         self.local = self._streams_of(config)
         self.router = self._router()
         self._load()
@@ -101,7 +106,13 @@ class Broker:
             self._feed_share(share)
         self._audiences.clear()
 
+    def streams_for(self, filter_: str) -> list[Stream]:
+        """The streams that may hold messages which this filter takes."""
+        return [s for s, filters in self._filters.items() if any(filters_overlap(filter_, f) for f in filters)]
+
     def _read_locally(self, topic: str) -> bool:
+        if self.queue_for(topic):
+            return True
         return any(True for _ in self._tree.matches(topic)) or any(
             c.kind == "amqp" for c in self.local.cursors.values()
         )
@@ -175,7 +186,7 @@ class Broker:
             self._feed(session)
         for share in self.shares.values():
             self._feed_share(share)
-        self._drop_orphans()
+        self._adopt_orphans()
         by_id = {s.id: s for s in self.journal.streams.values()}
         for client_id, stream_id, seq, packet_id, state in query(
             "SELECT client_id, stream, seq, packet_id, state FROM mqtt_outgoing ORDER BY client_id, stream, seq"
@@ -189,12 +200,24 @@ class Broker:
         ):
             self.sessions[client_id].restore_due(n, Due(topic, qos, tuple(json.loads(identifiers))))
 
-    def _drop_orphans(self) -> None:
-        """Cursors of shared subscriptions whose last subscriber was not durable."""
+    def _adopt_orphans(self) -> None:
+        """Cursors that no subscription needs: of shared ones whose last member was not durable, and of sessions.
+
+        A session reads on where messages of QoS 2 are under way to it; any other cursor would hold its stream for good.
+        """
         names = {share.cursor_name for share in self.shares.values()}
+        under_way = set(self.journal.query("SELECT DISTINCT client_id, stream FROM mqtt_outgoing"))
         for stream in self.journal.streams.values():
-            for name in [n for n in stream.cursors if n.startswith("share:") and n not in names]:
-                self.journal.drop_cursor(stream, name)
+            for name, cursor in list(stream.cursors.items()):
+                if not name.startswith(("mqtt:", "share:")) or name in names:
+                    continue
+                session = self.sessions.get(name[5:]) if name.startswith("mqtt:") else None
+                if session is not None and stream in session.feeds:
+                    continue
+                if session is not None and (session.client_id, stream.id) in under_way:
+                    session.feeds[stream] = Feed(stream, cursor, cursor.position)
+                else:
+                    self.journal.drop_cursor(stream, name)
 
     def connect(self, connect: Connect, client_id: str, expiry_s: int | None, outlet: Outlet) -> tuple[Session, bool]:
         """The client's session, and whether it was there before. Call `attach` once the client may be sent something.
@@ -271,7 +294,7 @@ class Broker:
         if session.durable:
             self.journal.execute("DELETE FROM mqtt_session WHERE client_id = ?", (session.client_id,))
         self._subscriptions_changed()
-        will = self.wills.forget(session.client_id)
+        will = self.wills.get(session.client_id)
         if will is not None:
             self._publish_will(will)
 
@@ -321,19 +344,22 @@ class Broker:
         """Publish the wills that are due; have the next one scheduled."""
         now = self.journal.age_us()
         for will in self.wills.due(now):
-            self.wills.forget(will.client_id)
             self._publish_will(will)
         due = self.wills.next_due()
         if due is not None:
             self.schedule(max(0.0, (due - now) / 1e6))
 
     def _publish_will(self, will: Testament) -> None:
-        log.info("will published", extra={"client": will.client_id, "topic": will.topic})
+        log.info("will is due", extra={"client": will.client_id, "topic": will.topic})
         try:
             self.publish(will.topic, will.qos, will.retain, will.payload, will.properties, self.journal.age_us())
         except JournalFull as error:
+            if self.journal.disk_full:
+                self.wills.postpone(will)
+                return
             log.error("will lost", extra={"client": will.client_id, "topic": will.topic, "error": error.reason})
             self.journal.lose(error.stream, 0, "will-refused", len(will.payload), will.client_id)
+        self.wills.published(will)
 
     # ------------------------------------------------------------------ subscriptions
 
@@ -350,7 +376,7 @@ class Broker:
             share, inner = split_shared(filter_)
             granted = qos if share is None else min(qos, SHARED_QOS_MAX)
             old = session.subscriptions.get(filter_)
-            since = old.since if old is not None else self._since(session, inner, share is not None)
+            since = old.since if old is not None else self._since(session, inner)
             session.suspended.pop(filter_, None)
             self._subscribed(session, filter_, granted, options, identifier, since)
             if share is None:
@@ -371,17 +397,12 @@ class Broker:
         self._subscriptions_changed()
         return codes, retained
 
-    def _since(self, session: Session, filter_: str, shared: bool) -> dict[str, int]:
-        """From where on a new subscription counts: from the next message, where the session reads already.
-
-        A stream that it begins to read it reads from where its cursor begins: what is held for a first reader counts.
-        What a group reads begins where the group's cursor stands, whoever joins it.
-        """
+    def _since(self, session: Session, filter_: str) -> dict[str, int]:
+        """From where on a new subscription counts: from the next message; what is held for a first reader counts."""
         return {
-            stream.name: stream.next_seq if stream.cursors or stream is self.local else stream.first_seq
+            stream.name: stream.next_seq if stream in session.feeds else self.journal.cursor_start(stream)
             for stream, filters in self._filters.items()
-            if (not shared or stream in session.feeds or stream is self.local)
-            and any(filters_overlap(filter_, f) for f in filters)
+            if any(filters_overlap(filter_, f) for f in filters)
         }
 
     def owe_retained(self, session: Session, filters: list[str]) -> bool:
@@ -470,7 +491,7 @@ class Broker:
         gone = [f for f in session.subscriptions if f in forbidden]
         for filter_ in back:
             s = session.suspended.pop(filter_)
-            since = self._since(session, s.filter, s.share is not None)
+            since = self._since(session, s.filter)
             self._subscribed(session, filter_, s.qos, s.options, s.identifier, since)
             if s.share is not None:
                 self._feed_share(session.groups[filter_])
@@ -508,7 +529,7 @@ class Broker:
 
     # ------------------------------------------------------------------ delivery
 
-    def audience(self, stream: Stream, topic: str) -> dict[object, Want]:
+    def audience(self, stream: Stream, topic: str) -> dict[Reader, Want]:
         """Who reads a topic of a stream, and how."""
         key = stream.id, topic
         audience = self._audiences.get(key)
@@ -529,18 +550,41 @@ class Broker:
         """Wake those who read what a commit added."""
         woken: dict[Reader, None] = {}
         for stream, appended in batch.appended.items():
-            columns = appended.columns
-            topics = {columns[3]} if len(columns) == COLUMNS else set(columns[3::COLUMNS])
-            for topic in topics:
+            self._rows_since += appended.rows
+            if appended.rows <= LIVE_ROWS_MAX:
+                self._hand_out(stream, appended, woken)
+                continue
+            for topic in set(appended.columns[3::COLUMNS]):
                 for reader in self.audience(stream, topic):
-                    assert isinstance(reader, Reader)
                     reader.woken(stream, appended.first_seq)
                     woken[reader] = None
-            self._rows_since += appended.rows
         for reader in woken:
             reader.pump()
         if self._rows_since >= CATCH_UP_ROWS:
             self.caught_up()
+
+    def _hand_out(self, stream: Stream, appended: Appended, woken: dict[Reader, None]) -> None:
+        """Give a small commit's rows to those who have had all before them; the others are woken."""
+        columns = appended.columns
+        items: dict[Reader, list[Item]] = {}
+        for at in range(0, len(columns), COLUMNS):
+            topic = columns[at + 3]
+            audience = self.audience(stream, topic)
+            if not audience:
+                continue
+            row = Row(columns[at] & SEQ_MASK, topic, columns[at + 2], columns[at + 5])
+            delivery = self.delivery(stream, row)
+            seq = row.seq
+            for reader, want in audience.items():
+                item = (seq, delivery, want)
+                if reader in items:
+                    items[reader].append(item)
+                else:
+                    items[reader] = [item]
+        for reader, its in items.items():
+            if type(reader) is not Session or not reader.live(stream, its):
+                reader.woken(stream, appended.first_seq)
+                woken[reader] = None
 
     def caught_up(self) -> None:
         """Move those on who want nothing of what there is."""
@@ -558,7 +602,10 @@ class Broker:
 
     def answered(self, session: Session) -> None:
         """The client has acknowledged: there may be room in its window."""
-        self.pump(session)
+        if session.behind:
+            session.pump()
+        for share in session.groups.values():
+            share.pump()
 
     def delivery(self, stream: Stream, row: Row) -> Delivery:
         """A row's message; the newest ones are kept, because a thousand subscribers read the same rows."""

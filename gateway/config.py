@@ -56,6 +56,7 @@ from security.rules import Action, Rule, Who, check_pattern, parse_who, words
 
 __all__ = [
     "Access",
+    "Address",
     "Amqp",
     "Bridge",
     "BrokerUrl",
@@ -432,6 +433,15 @@ class Inbound(_Table):
         return fill(self.address, gateway=gateway, stream=self.stream)
 
 
+class Address(_Table):
+    """`[[address]]`: what an address, or all that a filter takes, is to AMQP apps."""
+
+    name: TopicFilter = Field(description="an address, or a filter that takes several", examples=["jobs/#"])
+    kind: Literal["queue", "topic"] = Field(
+        description="queue: one receiver gets a message; topic: all do", examples=["queue"]
+    )
+
+
 class Local(_Table):
     """`[local]`: what apps say to one another and no stream takes."""
 
@@ -476,6 +486,7 @@ class Config(_Table):
     hubs: tuple[Hub, ...] = Field(default=(), alias="hub", max_length=100)
     outbound: tuple[Outbound, ...] = ()
     inbound: tuple[Inbound, ...] = ()
+    addresses: tuple[Address, ...] = Field(default=(), alias="address", max_length=1000)
     local: Local = Local()
     access: tuple[Access, ...] = Field(default=(), max_length=500)
 
@@ -575,6 +586,7 @@ def explain(config: Config) -> list[str]:
             f"{show_size(inbound.max_bytes)} and {inbound.max_messages} messages, credit {inbound.credit}; "
             f"remembers {inbound.dedup} identities"
         )
+    lines += [f"address {each.name} is a {each.kind} to AMQP apps" for each in config.addresses]
     local = config.local
     full = _WHEN_FULL[local.when_full]
     lines.append(f"all other topics stay local, up to {show_size(local.max_bytes)}; when full, {full}")

@@ -71,6 +71,7 @@ def check_all(raw: Mapping[str, Any], base: Path, report: Report, *, check_files
     _check_hubs(raw, base, report, check_files)
     _check_bridge(raw, base, report, check_files)
     _check_streams(raw, report)
+    _check_addresses(raw, report)
     _check_access(raw, report)
     if check_files:
         _check_password_files(raw, base, report)
@@ -334,6 +335,20 @@ def _check_password_files(raw: Mapping[str, Any], base: Path, report: Report) ->
         except PasswordFileError as error:
             write = "" if error.line else f"lineside passwd {base / value} USER"
             report.add((key, "password_file"), f"a password file that can be used ({error})", write)
+
+
+def _check_addresses(raw: Mapping[str, Any], report: Report) -> None:
+    """The first [[address]] that takes an address decides: one that an earlier covers says nothing."""
+    earlier = _Filters()
+    for number, table in _tables(raw, "address"):
+        name = table.get("name")
+        if isinstance(name, str):
+            loc: KeyPath = ("address", number, "name")
+            taken = earlier.covering(name)
+            if taken is not None:
+                expected = f"an address that {dotted(taken)} above it does not take already"
+                report.add(loc, expected, f"this table above that of {dotted(taken[:2])}")
+            earlier.add(name, loc)
 
 
 def _check_streams(raw: Mapping[str, Any], report: Report) -> None:

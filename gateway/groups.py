@@ -33,13 +33,26 @@ class _Entry:
     holder: Hashable | None
     done: bool = False
     redelivered: bool = False
+    failures: int = 0
     barred: tuple[Hashable, ...] = ()
 
 
 class Group:
     """`wants(row)` is one answer for the whole group. Call `take` after commits and whenever a member has room."""
 
-    def __init__(self, journal: Journal, stream: Stream, cursor: Cursor, wants: Callable[[Row], bool]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        stream: Stream,
+        cursor: Cursor,
+        wants: Callable[[Row], bool],
+        *,
+        announced: bool = False,
+    ) -> None:
+        """`announced`: `woken` is called for every commit that holds a wanted row; others then need no looking at."""
+        self._announced = announced
+        # All that is left is unwanted; and: the next row is known to be wanted. Neither is known at first.
+        self._quiet = self._waiting = False
         self.journal = journal
         self.stream = stream
         self.cursor = cursor
@@ -56,6 +69,18 @@ class Group:
     def members(self) -> int:
         return len(self._members)
 
+    def names(self) -> list[Hashable]:
+        """The members, in the order they joined."""
+        return list(self._members)
+
+    def has(self, member: Hashable) -> bool:
+        return member in self._members
+
+    @property
+    def blocker(self) -> Hashable | None:
+        """The member that holds the oldest row, while GROUP_AHEAD_MAX rows wait behind it."""
+        return self._ahead[0].holder if len(self._ahead) >= GROUP_AHEAD_MAX else None
+
     @property
     def ahead(self) -> int:
         """How many wanted rows are handed out, given back, or finished beyond an unfinished one."""
@@ -70,6 +95,11 @@ class Group:
         """How many rows the member has neither finished nor given back."""
         return len(self._members.get(member, ()))
 
+    def failures(self, seq: int) -> int:
+        """How often a row that is handed out now failed before: left behind, or released with `failed`."""
+        entry = self._entries.get(seq)
+        return 0 if entry is None else entry.failures
+
     def join(self, member: Hashable) -> None:
         assert member not in self._members, "a member joins once"
         self._members[member] = {}
@@ -77,6 +107,7 @@ class Group:
     def leave(self, member: Hashable) -> None:
         """What the member has not finished goes back, for the others or for who comes next."""
         for seq in self._members.pop(member):
+            self._entries[seq].failures += 1
             self._give_back(self._entries[seq])
         for entry in self._ahead:  # its objections leave with it
             if member in entry.barred:
@@ -90,6 +121,9 @@ class Group:
         Empty when there is nothing, or when GROUP_AHEAD_MAX rows wait behind one that is not finished.
         """
         self._catch_up()
+        self._waiting = False
+        if self._quiet:
+            self._next = self.stream.committed
         held = self._members[member]
         out: list[tuple[Row, bool]] = []
         if self._back:
@@ -119,8 +153,26 @@ class Group:
                     room -= 1
         for row, _ in out:
             held[row.seq] = None
+        self._quiet = self._announced and self._next >= self.stream.committed
         self._move_cursor()
         return out
+
+    def woken(self) -> None:
+        """A commit added a row that the group wants."""
+        self._quiet = False
+
+    def caught_up(self) -> None:
+        """Move over what nobody here wants, up to the first row that somebody does. Only for announced groups.
+
+        Costs nothing where nothing wanted has come since the last look, or where a wanted row was found then.
+        """
+        if self._quiet:
+            self._next = self.stream.committed
+            self._move_cursor()
+        elif not self._waiting:
+            self.skip_unwanted()
+            self._waiting = self._next < self.stream.committed
+            self._quiet = not self._waiting
 
     def skip_unwanted(self) -> None:
         """Move over rows that the group does not want, as far as they are the next: they hold up others' deletion."""
@@ -145,11 +197,12 @@ class Group:
         self._move_cursor()
         return True
 
-    def release(self, member: Hashable, seq: int, *, barred: bool = False) -> bool:
-        """The member gives a row back. `barred`: it is not to be handed to this member again, while it is here."""
+    def release(self, member: Hashable, seq: int, *, failed: bool = False, barred: bool = False) -> bool:
+        """The member gives a row back. `failed`: it tried; `barred`: not to this member again, while it is here."""
         entry = self._release_hold(member, seq)
         if entry is None:
             return False
+        entry.failures += failed
         if barred:
             entry.barred += (member,)
         self._give_back(entry)
@@ -217,4 +270,5 @@ class Group:
         ahead = self._ahead
         while ahead and ahead[0].done:
             ahead.popleft()
-        self.journal.advance(self.stream, self.cursor, ahead[0].seq if ahead else self._next)
+        position = ahead[0].seq if ahead else self._next
+        self.journal.advance(self.stream, self.cursor, position, lazily=self.cursor.volatile)

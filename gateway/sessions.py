@@ -29,6 +29,8 @@ PUMP_ROWS_MAX = 4096
 # Rows that a client may have acknowledged without the journal knowing: they would go again after a crash.
 LAZY_ROWS_MAX = 64
 GROUP_ROWS_A_TURN = 16
+# Rows of a stream that may be sent to a client behind one that it does not acknowledge.
+AHEAD_ROWS_MAX = 4096
 
 
 class Outlet(Protocol):
@@ -38,7 +40,7 @@ class Outlet(Protocol):
     def window_left(self) -> int: ...
     @property
     def congested(self) -> bool: ...
-    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool: ...
+    def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool: ...
     def in_use(self, packet_ids: Iterable[int]) -> None: ...
     def reserve(self, qos: int, packet_id: int | None = None) -> int | None: ...
     def deliver(
@@ -52,6 +54,7 @@ class Outlet(Protocol):
     ) -> int | None: ...
     def pubrel(self, packet_ids: Iterable[int]) -> None: ...
     def flush(self) -> None: ...
+    def come_back(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,10 @@ class Want:
         return Want.of(stream, among) if among else None
 
 
+# A committed row as the sessions that want it are handed it: seq, message, how the session wants it.
+Item = tuple[int, Delivery, Want]
+
+
 class SentState(IntEnum):
     """Of a message on its way to a client; the numbers stand in the journal."""
 
@@ -138,6 +145,8 @@ class Feed:
     `order`: what was sent and is not passed by the cursor. `again`: of that, what a new connection has to be sent.
     `live`: nothing before the newest commit is wanted that was not sent, wherever `next` stands.
     `parked`: the row at `next` waits for a client that is away.
+    `reached`: what is before it was looked at once: sent, or not wanted. At QoS 0 it is not sent again.
+    `more`: there are rows that were not looked at, only because it takes long.
     """
 
     stream: Stream
@@ -147,6 +156,8 @@ class Feed:
     again: dict[int, Sent] = field(default_factory=dict)
     live: bool = False
     parked: bool = False
+    reached: int = 0
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +194,7 @@ class Desk(Protocol):
     retained: RetainedStore
 
     def delivery(self, stream: Stream, row: Row) -> Delivery: ...
-    def audience(self, stream: Stream, topic: str) -> dict[object, Want]: ...
+    def audience(self, stream: Stream, topic: str) -> dict[Session | ShareGroup, Want]: ...
     def decoded(self, topic: str, body: bytes, expires_age_us: int | None) -> Delivery: ...
 
 
@@ -247,13 +258,12 @@ class Session:
             del self.sent[sent.packet_id]
         self._due_again = {n: s for n, s in self._due_sent.items() if s.state is not SentState.DONE}
         for feed in self.feeds.values():
-            feed.next = feed.cursor.position
             feed.again = {s.seq: s for s in feed.order}
             feed.parked = False
             # Not for the newest commit only: what came while nobody was here waits, too.
             feed.live = feed.live and not feed.order
-            if feed.live:
-                feed.next = feed.stream.committed
+            if not feed.live:  # else `woken` will say where to go on, perhaps about a commit that is being told
+                feed.next = feed.cursor.position
 
     def restore(self, stream: Stream | None, seq: int, packet_id: int, state: SentState) -> None:
         """What the journal remembers of a message of QoS 2 under way. In order of stream and seq."""
@@ -261,11 +271,13 @@ class Session:
         sent = Sent(packet_id, feed, seq, 2, state, tried=True)
         if feed is not None:
             if seq < feed.cursor.position:
-                self._journal.execute(
-                    "DELETE FROM mqtt_outgoing WHERE client_id = ? AND stream = ? AND seq = ?",
-                    (self.client_id, feed.stream.id, seq),
-                )
-                return
+                if state is SentState.DONE:
+                    self._journal.execute(
+                        "DELETE FROM mqtt_outgoing WHERE client_id = ? AND stream = ? AND seq = ?",
+                        (self.client_id, feed.stream.id, seq),
+                    )
+                    return
+                sent.state = SentState.RELEASED  # a limit moved the cursor past it, and the client may have its id
             feed.order.append(sent)
         elif stream is not None:
             return
@@ -306,14 +318,16 @@ class Session:
                 del self._due_again[n]
                 continue
             delivery = self._retained(due)
-            if delivery is None or not outlet.takes(delivery, due.identifiers):
+            qos = 0 if delivery is None else min(due.qos, delivery.qos) if again is None else again.qos
+            if delivery is None or not outlet.takes(delivery, qos, due.identifiers):
                 if delivery is not None:
                     self._too_large(delivery, "retained", 0)
-                self._forget_due(n)
-                if again is not None:
-                    self.sent.pop(again.packet_id, None)
+                if again is None:
+                    self._forget_due(n)
+                else:
+                    del self._due_again[n]
+                    self._abandon([again])
                 continue
-            qos = min(due.qos, delivery.qos) if again is None else again.qos
             if not qos:
                 self._now(_Planned(delivery, 0, True, due.identifiers, 0, None), outlet)
                 self._forget_due(n)
@@ -359,10 +373,57 @@ class Session:
             feed.live = False
             feed.next = max(feed.next, first_seq)
 
+    def live(self, stream: Stream, items: list[Item]) -> bool:
+        """Take rows of the newest commit, of which nothing before was left unsent. False if this session can't.
+
+        HOT: a thousand sessions come by here with each message (tests/bench, fan-out). What is not plain is `pump`'s.
+        """
+        outlet = self.outlet
+        feed = self.feeds.get(stream)
+        if outlet is None or feed is None or not feed.live or self.due or self._plan is not None or outlet.congested:
+            return False
+        if len(feed.order) >= AHEAD_ROWS_MAX:
+            return False
+        for seq, delivery, want in items:
+            if seq < feed.next:
+                continue  # a SUBACK of the same commit has had the session pumped already
+            qos = delivery.qos if delivery.qos < want.qos else want.qos
+            if (
+                seq < want.since
+                or want.no_local
+                or delivery.expires_age_us is not None
+                or (qos == 2 and self.durable)
+                or not outlet.takes(delivery, qos, want.identifiers)
+            ):
+                break
+            retain = delivery.retain and want.retain_as_published
+            number = outlet.deliver(delivery, qos, retain, want.identifiers)
+            if number is None:
+                break
+            if qos:
+                sent = self.sent[number] = Sent(number, feed, seq, qos, SentState.SENT, True, retain, want.identifiers)
+                feed.order.append(sent)
+            feed.next = seq + 1
+        else:
+            feed.reached = feed.next
+            outlet.flush()
+            return True
+        feed.next = feed.reached = seq
+        feed.live = False
+        self.pump()
+        return True
+
+    @property
+    def behind(self) -> bool:
+        """Whether `pump` might find something to send."""
+        return bool(self.due) or not all([f.live for f in self.feeds.values()])
+
     def caught_up(self) -> None:
         """Move the place over rows that nobody here wants; they hold up the deletion of what is before them."""
+        if self.outlet is not None and any(feed.more for feed in self.feeds.values()):
+            self.pump()
         for feed in self.feeds.values():
-            if feed.next >= feed.stream.committed or feed.order:
+            if feed.cursor.position >= feed.stream.committed or feed.order:
                 continue
             if feed.live:
                 feed.next = feed.stream.committed
@@ -391,15 +452,19 @@ class Session:
         outlet = self.outlet
         if outlet is None or self._plan is not None:
             return
+        more = False
         if not self.due or self._pump_due(outlet):
             for feed in self.feeds.values():
                 if not feed.live:
-                    self._pump_feed(feed, outlet)
+                    more = self._pump_feed(feed, outlet) or more
         outlet.flush()
+        if more:
+            outlet.come_back()
         if self._plan is not None:
             self._journal.wait(self, self._stamp)
 
-    def _pump_feed(self, feed: Feed, outlet: Outlet) -> None:
+    def _pump_feed(self, feed: Feed, outlet: Outlet) -> bool:
+        """Whether it stopped only to let others have a turn: then nothing else will wake it."""
         stream = feed.stream
         feed.next = max(feed.next, feed.cursor.position)
         budget = PUMP_ROWS_MAX
@@ -415,18 +480,28 @@ class Session:
                     done = False
                     break
                 feed.next = row.seq + 1
+        feed.reached = max(feed.reached, feed.next)
+        feed.more = budget <= 0 and done and feed.next < stream.committed
         if feed.again:
             self._give_up(feed)
         feed.live = feed.next >= stream.committed and not feed.again
         self._settle(feed)
+        return done and budget <= 0 and not feed.live and not outlet.congested
 
     def _give_up(self, feed: Feed) -> None:
         """Of what was to be sent again, rows that are not there any more (the ledger says why)."""
-        for seq in [seq for seq in feed.again if seq < feed.next]:
-            sent = feed.again.pop(seq)
-            if sent.state is SentState.SENT:
-                sent.state = SentState.DONE
-                self.sent.pop(sent.packet_id, None)
+        gone = [feed.again.pop(seq) for seq in [seq for seq in feed.again if seq < feed.next]]
+        self._abandon([sent for sent in gone if sent.state is SentState.SENT])
+
+    def _abandon(self, gone: list[Sent]) -> None:
+        """These can't be sent again. Of QoS 2 the client may have the id, and would take a new message for the old.
+
+        A release frees it on both sides, whether the client has it or not (§4.3.3, and reason 0x92 of §3.7.2.1).
+        """
+        self.acked([sent.packet_id for sent in gone if sent.qos < 2 or not sent.tried])
+        release = [sent.packet_id for sent in gone if sent.qos == 2 and sent.tried]
+        if release:
+            self.received(release)
 
     def _offer(self, feed: Feed, row: Row, outlet: Outlet) -> bool:
         """Send one row if it is wanted. False when the client's window is full."""
@@ -439,6 +514,10 @@ class Session:
                     return False
             del feed.again[row.seq]
             return True
+        if row.seq < feed.reached:
+            return True
+        if len(feed.order) >= AHEAD_ROWS_MAX:
+            return False
         want = self._desk.audience(feed.stream, row.topic).get(self)
         if want is not None and row.seq < want.since:
             want = want.at(feed.stream.name, row.seq)
@@ -451,10 +530,10 @@ class Session:
         if want.no_local and delivery.source == self.client_id:
             return True
         identifiers = want.identifiers
-        if not outlet.takes(delivery, identifiers):
+        qos = min(want.qos, delivery.qos)
+        if not outlet.takes(delivery, qos, identifiers):
             self._too_large(delivery, feed.stream.name, row.seq)
             return True
-        qos = min(want.qos, delivery.qos)
         retain = delivery.retain and want.retain_as_published
         return self._send(delivery, qos, retain, identifiers, feed, row.seq, outlet, None)
 
@@ -599,8 +678,7 @@ class Session:
     def _settle(self, feed: Feed) -> None:
         order = feed.order
         exact = False
-        passed = feed.cursor.position  # by somebody else: a limit moved it
-        while order and (order[0].seq < passed or (order[0].state is SentState.DONE and order[0].seq < feed.next)):
+        while order and order[0].state is SentState.DONE and order[0].seq < feed.next:
             exact = exact or order[0].qos == 2
             order.popleft()
         position = min(order[0].seq, feed.next) if order else feed.next
@@ -625,6 +703,10 @@ class Session:
                 "INSERT OR REPLACE INTO mqtt_incoming VALUES (?, ?)", (self.client_id, packet_id)
             )
         return True
+
+    def has_in(self, packet_ids: Iterable[bytes]) -> bool:
+        """Whether messages of QoS 2 came with these ids, are stored or about to be, and are not released."""
+        return all(int.from_bytes(packet_id, "big") in self.incoming for packet_id in packet_ids)
 
     def take_back(self, packet_id: int) -> None:
         """Its message was not stored: the client will send it again as a new one."""
@@ -659,7 +741,7 @@ class ShareGroup:
 
     @property
     def cursor_name(self) -> str:
-        return f"share:{self.name}:{self.filter}"
+        return f"share:{self.name}/{self.filter}"  # a name has no slash: no two groups share a cursor
 
     def wants(self, row: Row) -> bool:
         return filter_matches(self.filter, row.topic)
@@ -691,6 +773,8 @@ class ShareGroup:
         """With nobody here, move over rows that the group does not want, as far as they are the next."""
         for group in self.feeds.values():
             group.skip_unwanted()
+        if self.here and any(group.behind for group in self.feeds.values()):
+            self.pump()
 
     def pump(self) -> None:
         """A few rows to each member in turn, as long as anybody takes any."""
@@ -735,11 +819,11 @@ class ShareGroup:
     ) -> None:
         delivery = self._desk.delivery(stream, row)
         identifiers = () if subscription.identifier is None else (subscription.identifier,)
-        if not outlet.takes(delivery, identifiers):
+        qos = min(subscription.qos, delivery.qos, 1)
+        if not outlet.takes(delivery, qos, identifiers):
             # Another member may take it; without one it waits, as for a group that nobody reads.
             group.release(session, row.seq, barred=True)
             return
-        qos = min(subscription.qos, delivery.qos, 1)
         retain = delivery.retain and subscription.retain_as_published
         number = outlet.deliver(delivery, qos, retain, identifiers)
         if number is None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from zlib import crc32
 
 from storeforward import schema
@@ -27,6 +27,7 @@ from storeforward.age import AgeClock, boot_id
 from storeforward.errors import JournalCorrupt, JournalError, JournalFull, JournalNewer
 from storeforward.lock import StateLock
 from storeforward.schema import SEQ_BITS, SEQ_MASK
+from storeforward.space import Space, spend
 from storeforward.streams import COLUMNS, Chunk, Cursor, Row, Stream, StreamLimits, WhenFull
 
 ROWS_A_STATEMENT = 64
@@ -34,24 +35,30 @@ ROWS_A_STATEMENT = 64
 DELETE_ROWS_MAX = 4096
 DELETE_ROWS_MIN = 256
 READ_ROWS_MAX = 1024
-LOSS_ROWS_MAX = 200_000
-RESERVE_BYTES_MAX = 16 << 20
-RESERVE_SHARE = 8
-DELETE_ROWS_DISK_FULL = 128
-VACUUM_PAGES = 64
-PENDING_BYTES_MAX = 8 << 20
+STATEMENTS_DISK_FULL_MAX = 512
+LOSS_DETAIL_CHARS_MAX = 200
+# With this much free beside what a batch can cost, nobody has to look closer.
+ROOM_BYTES_PLENTY = 64 << 20
+ROW_BYTES = 64
+FIXED_PAGES = 16
+PAGES_A_STREAM = 4
+BUSY_S = 5
 SUSPECT = "journal.suspect"
 
 _INSERT_HEAD = "INSERT INTO message (id, time_us, expires_age_us, topic, crc, body) VALUES "
 _INSERT_ROW = "(?,?,?,?,?,?)"
+_INSERT_LOSS = "INSERT INTO loss (time_us, stream, seq, reason, size, detail) VALUES (?, ?, ?, ?, ?, ?)"
 # Rows a statement, and the statement: powers of two, so that a rest of any size needs few of them, all prepared.
 _INSERTS = tuple(
     (COLUMNS << n, _INSERT_HEAD + ",".join([_INSERT_ROW] * (1 << n)))
     for n in range(ROWS_A_STATEMENT.bit_length() - 1, -1, -1)
 )
 
-_WAL_INDEX = struct.Struct("=14xHI")
+# Of the WAL index' header and checkpoint information, which SQLite documents: page size, last valid frame, pages of
+# the database as of that frame, frames already copied into the file.
+_WAL_INDEX = struct.Struct("=14xHII72xI")
 
+_K = TypeVar("_K")
 Encode = Callable[[int, bytes], bytes]
 
 
@@ -73,6 +80,7 @@ class Appended:
     columns: list[Any] = field(default_factory=list)
     size_bytes: int = 0
     identities: list[tuple[bytes, int]] = field(default_factory=list)
+    forgotten: list[tuple[bytes, int]] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -86,19 +94,36 @@ class Appended:
 
 @dataclass(slots=True)
 class Batch:
-    """Everything that one commit will make durable."""
+    """Everything that one commit will make durable.
+
+    `deleted`: rows before this seq go, though cursors may not say so. `revived`, `dropped`: dead letters that go,
+    the former together with the rows they come back as. `totals`, `unnumbered`: losses, summed until they are written.
+    `statements`: in the order they were asked for; True: only if the messages of this batch are stored.
+    """
 
     size_bytes: int = 0
     appended: dict[Stream, Appended] = field(default_factory=dict)
     cursors: dict[Cursor, int] = field(default_factory=dict)
-    statements: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
-    with_rows: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+    statements: list[tuple[str, tuple[Any, ...], bool]] = field(default_factory=list)
     waiting: dict[Waiter, list[Any]] = field(default_factory=dict)
     touched: dict[Stream, None] = field(default_factory=dict)
-    deleted: dict[Stream, None] = field(default_factory=dict)
+    deleted: dict[Stream, int] = field(default_factory=dict)
+    revived: dict[int, None] = field(default_factory=dict)
+    dropped: dict[int, None] = field(default_factory=dict)
+    totals: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    unnumbered: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.appended or self.cursors or self.statements or self.with_rows or self.waiting or self.touched)
+        return bool(
+            self.appended
+            or self.cursors
+            or self.statements
+            or self.waiting
+            or self.touched
+            or self.deleted
+            or self.dropped
+            or self.totals
+        )
 
 
 class Journal:
@@ -128,14 +153,20 @@ class Journal:
         self.epoch_token = ""
         self._age = AgeClock(0, 0, "")
         self._age_saved_us = 0
+        self.space: Space
         self.disk_full = False
         self._index_fd = -1
-        self.wal_bytes_max = 0
-        self._reserve_bytes = 0
+        self._checkpoint_at_bytes = 0
+        self._delete_bytes_left = 0
+        self._losses_untrimmed = 0
+        self._ledger_rows_full: int | None = None
+        self._bad_rows: set[int] = set()
+        self._wal_held = False
+        self._few_as_they_may_be: set[Stream] = set()
         self.salvaged: str | None = None
         self.dead_count = 0
         self.loss_count = 0
-        self.wall_us = int(wall() * 1e6)
+        self.wall_us = self._wall_us()
 
     # ------------------------------------------------------------------ opening and closing
 
@@ -162,8 +193,15 @@ class Journal:
             if (state_dir / SUSPECT).exists():
                 report = salvage(state_dir, clock)
             try:
-                journal = cls._open(state_dir, path, lock, synchronous, clock, wall)
-            except (JournalCorrupt, sqlite3.DatabaseError) as error:
+                try:
+                    journal = cls._open(state_dir, path, lock, synchronous, clock, wall)
+                except sqlite3.OperationalError as error:
+                    # Opening writes, too: epoch, WAL index. A full disk must not keep the backlog from draining.
+                    if not (_no_space(error) and spend(state_dir)):
+                        raise
+                    journal = cls._open(state_dir, path, lock, synchronous, clock, wall)
+            # UnicodeDecodeError: sqlite3 quotes what is damaged in its message, and it need not be text.
+            except (JournalCorrupt, sqlite3.DatabaseError, UnicodeDecodeError) as error:
                 if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
                     raise _explain(path, error) from error
                 report = salvage(state_dir, clock)
@@ -184,8 +222,8 @@ class Journal:
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> Journal:
-        new = not path.exists()
-        writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+        new = not path.exists() or not path.stat().st_size
+        writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_S)
         reader: sqlite3.Connection | None = None
         try:
             if new:
@@ -204,15 +242,22 @@ class Journal:
             writer.execute("PRAGMA wal_autocheckpoint = 0")
             writer.execute("PRAGMA cache_size = -2048")
             writer.execute("PRAGMA foreign_keys = ON")
+            # Debian's SQLite zeroes what it deletes: every deletion would cost its size in WAL again.
+            writer.execute("PRAGMA secure_delete = OFF")
             schema.migrate(writer)
             if new:
                 _sync_directory(state_dir)
-            reader = sqlite3.connect(path, isolation_level=None, timeout=5)
+            reader = sqlite3.connect(path, isolation_level=None, timeout=BUSY_S)
             reader.execute("PRAGMA query_only = ON")
             reader.execute("PRAGMA cache_size = -1024")
             journal = cls(state_dir, writer, reader, lock, clock, wall)
-            journal._load()
-            journal._measure_reserve()
+            try:
+                journal._load()
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise JournalCorrupt(f"{path}: a value that makes no sense: {error!r}") from error
+            journal.space = space = Space(state_dir)
+            journal.disk_full = not space.laid_by or space.free_bytes() < space.delete_bytes
+            journal._checkpoint_at_bytes = space.wal_bytes
             # Held until after SQLite has closed the file: closing any descriptor of it would drop SQLite's own locks
             # on it, and another process could then take the WAL for abandoned.
             journal._index_fd = os.open(state_dir / "journal.db-shm", os.O_RDONLY | os.O_CLOEXEC)
@@ -241,8 +286,8 @@ class Journal:
                 "(SELECT max(id) FROM message WHERE id BETWEEN ?1 AND ?2)",
                 (base, base | SEQ_MASK),
             ).fetchone()
-            if last is not None:
-                next_seq = max(next_seq, (last & SEQ_MASK) + 1)
+            if last is not None and last & SEQ_MASK >= next_seq:
+                raise ValueError(f"stream {name}: row {last & SEQ_MASK} is beyond its end")
             first_seq = next_seq if first is None else first & SEQ_MASK
             stream = Stream(id_, name, direction, next_seq, first_seq, rows, size, next_seq)
             for identity, at in w.execute(
@@ -264,17 +309,33 @@ class Journal:
         self._by_id[stream.id] = stream
 
     def close(self) -> None:
-        """Commit what is pending, then close. Safe to call once only."""
+        """Commit what is pending, then close. Safe to call once only.
+
+        Raises JournalFull when the disk does not take even that; closed it is all the same.
+        """
         self.write_cursors()
-        if self.pending:
-            self.commit_now()
-        self._r.close()
         try:
-            self._w.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            if self.pending:
+                self._commit_at_last()
         finally:
-            self._w.close()
-            os.close(self._index_fd)
-            self._lock.release()
+            self._r.close()
+            try:
+                # What does not fit into the file stays in the WAL, which the next start reads.
+                with contextlib.suppress(sqlite3.OperationalError):
+                    self._w.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                self._w.close()
+                os.close(self._index_fd)
+                self._lock.release()
+
+    def _commit_at_last(self) -> None:
+        try:
+            self.commit_now()
+        except JournalFull:
+            # Rows were taken back and their senders told; cursors and the ledger have the reserve.
+            while self.pending:
+                self.recover()
+                self.commit_now()
 
     # ------------------------------------------------------------------ streams and cursors
 
@@ -285,9 +346,10 @@ class Journal:
             id_ = max(self._by_id, default=0) + 1
             if id_ >= schema.STREAMS_MAX:
                 raise JournalError(f"more than {schema.STREAMS_MAX} streams")
-            self._w.execute("INSERT INTO stream (id, name, direction) VALUES (?, ?, ?)", (id_, name, direction))
+            # With the next commit: a transaction may be under way, and the disk may be full.
+            self.execute("INSERT INTO stream (id, name, direction) VALUES (?, ?, ?)", (id_, name, direction))
             # A second copy of the name, in another page, for the day that the first does not read (salvage).
-            self._w.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"stream {id_}", f"{direction} {name}"))
+            self.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"stream {id_}", f"{direction} {name}"))
             stream = Stream(id_, name, direction, 1, 1, 0, 0, 1)
             self._adopt(stream)
         elif stream.direction != direction:
@@ -303,17 +365,19 @@ class Journal:
         cursor = stream.cursors.get(name)
         if cursor is not None:
             return cursor
-        start = stream.next_seq if stream.cursors else stream.first_seq
+        start = self.cursor_start(stream)
         cursor = Cursor(0, name, kind, start, start, volatile)
         stream.cursors[name] = cursor
         if not volatile:
-            self.pending.statements.append(
-                (
-                    "INSERT OR REPLACE INTO cursor (stream, name, kind, position) VALUES (?, ?, ?, ?)",
-                    (stream.id, name, kind, start),
-                )
+            self.execute(
+                "INSERT OR REPLACE INTO cursor (stream, name, kind, position) VALUES (?, ?, ?, ?)",
+                (stream.id, name, kind, start),
             )
         return cursor
+
+    def cursor_start(self, stream: Stream) -> int:
+        """Where a new cursor begins. Of what local apps said to one another nothing is held for who was not there."""
+        return stream.next_seq if stream.cursors or stream.direction == "local" else stream.first_seq
 
     def drop_cursor(self, stream: Stream, name: str) -> None:
         """Forget a consumer; what only it needed may go."""
@@ -446,11 +510,11 @@ class Journal:
 
     def execute(self, statement: str, parameters: tuple[Any, ...] = ()) -> None:
         """Have a statement run inside the next commit (sessions, subscriptions)."""
-        self.pending.statements.append((statement, parameters))
+        self.pending.statements.append((statement, parameters, False))
 
     def execute_with_rows(self, statement: str, parameters: tuple[Any, ...] = ()) -> None:
         """As `execute`, for what is true only if the messages of this batch are stored: it fails with them for good."""
-        self.pending.with_rows.append((statement, parameters))
+        self.pending.statements.append((statement, parameters, True))
 
     def _make_room(self, stream: Stream, size: int) -> None:
         limits = stream.limits
@@ -463,9 +527,10 @@ class Journal:
             raise JournalFull(
                 stream.name, f"full: {stream.rows} messages, {stream.size_bytes} of {limits.bytes_max} bytes"
             )
-        # Room is made a sixteenth at a time, so that a full stream does not pay for a deletion every message.
-        target_bytes = max(0, limits.bytes_max - limits.bytes_max // 16 - size)
-        target_rows = max(0, limits.messages_max - max(1, limits.messages_max // 16))
+        # Room is made a sixteenth at a time, so that a full stream does not pay for a deletion every message; and no
+        # more than one commit may delete.
+        target_bytes = max(0, limits.bytes_max - min(limits.bytes_max // 16, self.space.delete_bytes) - size)
+        target_rows = max(0, limits.messages_max - max(1, min(limits.messages_max // 16, DELETE_ROWS_MAX)))
         keep_from = self._drop_point(stream, target_bytes, target_rows)
         self.drop_before(stream, keep_from, "drop-oldest")
         if stream.size_bytes + size > limits.bytes_max or stream.rows >= limits.messages_max:
@@ -509,19 +574,52 @@ class Journal:
     # ------------------------------------------------------------------ losses and dead letters
 
     def lose(self, stream: str, seq: int, reason: str, size: int, detail: str = "") -> None:
-        """Enter one message in the loss ledger, with the next commit."""
+        """Enter one message in the loss ledger, with the next commit.
+
+        Messages that never had a seq (0) share a row a commit: on a full disk they are many, and the ledger is bounded.
+        """
         self.loss_count += 1
-        self.execute(
-            "INSERT INTO loss (time_us, stream, seq, reason, size, detail) VALUES (?, ?, ?, ?, ?, ?)",
-            (self.wall_us, stream, seq, reason, size, detail),
-        )
-        self.execute(
-            "INSERT INTO loss_total VALUES (?1, ?2, 1, ?3) ON CONFLICT DO UPDATE SET "
-            "messages = messages + 1, bytes = bytes + ?3",
-            (stream, reason, size),
-        )
-        if self.loss_count % 1000 == 0:
-            self.execute("DELETE FROM loss WHERE id <= (SELECT max(id) FROM loss) - ?", (LOSS_ROWS_MAX,))
+        detail = detail[:LOSS_DETAIL_CHARS_MAX]
+        total = self.pending.totals.setdefault((stream, reason), [0, 0])
+        total[0] += 1
+        total[1] += size
+        if not seq:
+            sum_ = self.pending.unnumbered.setdefault((stream, reason, detail), [0, 0])
+            sum_[0] += 1
+            sum_[1] += size
+            return
+        self.execute(_INSERT_LOSS, (self.wall_us, stream, seq, reason, size, detail))
+        self._losses_untrimmed += 1
+        if self._losses_untrimmed >= self.space.ledger_rows_trim:
+            self._trim_ledger()
+
+    def _trim_ledger(self) -> None:
+        """Bound the ledger's rows, oldest first; the totals stay. While the disk is full it grows by a little only."""
+        self._losses_untrimmed = 0
+        rows_max = self.space.ledger_rows
+        if not self.disk_full:
+            self._ledger_rows_full = None
+        else:
+            if self._ledger_rows_full is None:
+                ((rows,),) = self.query("SELECT coalesce(max(id) - min(id) + 1, 0) FROM loss")
+                self._ledger_rows_full = rows + self.space.ledger_rows_trim
+            rows_max = min(rows_max, self._ledger_rows_full)
+        self.execute("DELETE FROM loss WHERE id <= (SELECT max(id) FROM loss) - ?", (rows_max,))
+
+    def _stage_losses(self, batch: Batch) -> None:
+        ex = self._w.execute
+        for (stream, reason), (messages, size) in batch.totals.items():
+            ex(
+                "INSERT INTO loss_total VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO UPDATE SET "
+                "messages = messages + ?3, bytes = bytes + ?4",
+                (stream, reason, messages, size),
+            )
+        for (stream, reason, detail), (messages, size) in batch.unnumbered.items():
+            text = detail if messages == 1 else f"{detail} ({messages} messages)".strip()
+            ex(_INSERT_LOSS, (self.wall_us, stream, 0, reason, size, text))
+        self._losses_untrimmed += len(batch.unnumbered)
+        if self._losses_untrimmed >= self.space.ledger_rows_trim:
+            self._trim_ledger()
 
     def bury(self, stream: Stream, row: Row, condition: str, description: str) -> None:
         """Keep a message that can't be delivered where people can see it and send it again."""
@@ -542,6 +640,30 @@ class Journal:
         )
         self.lose(stream.name, row.seq, "dead-letter", len(row.body), condition)
 
+    def revive(self, dead_id: int, stream: Stream, topic: str, body: bytes) -> bool:
+        """Append a dead letter again and delete it, both or neither; False when it is on its way already.
+
+        Raises JournalFull as `append` does.
+        """
+        if self._dead_is_going(dead_id):
+            return False
+        self.append(stream, topic, lambda seq, payload: payload, body)
+        self.pending.revived[dead_id] = None
+        self.dead_count -= 1
+        return True
+
+    def drop_dead(self, dead_id: int, stream: str, seq: int, size: int) -> bool:
+        """Give a dead letter up, with a ledger row; False when it is on its way already."""
+        if self._dead_is_going(dead_id):
+            return False
+        self.pending.dropped[dead_id] = None
+        self.dead_count -= 1
+        self.lose(stream, seq, "dropped-by-operator", size)
+        return True
+
+    def _dead_is_going(self, dead_id: int) -> bool:
+        return any(b and (dead_id in b.revived or dead_id in b.dropped) for b in (self.pending, self.under_way))
+
     # ------------------------------------------------------------------ reading
 
     def read(self, stream: Stream, seq: int, rows_max: int, bytes_max: int = 1 << 20) -> list[Row]:
@@ -551,7 +673,7 @@ class Journal:
         """
         tail = stream.tail
         if tail and seq >= tail[0].first_seq:
-            return _from_tail(tail, seq, rows_max, bytes_max)
+            return _from_tail(tail, max(seq, stream.first_seq), rows_max, bytes_max)
         out: list[Row] = []
         size = 0
         base = stream.base
@@ -561,18 +683,73 @@ class Journal:
                 "SELECT id, topic, expires_age_us, crc, body FROM message WHERE id >= ? AND id < ? ORDER BY id",
                 (base | seq, base | stream.committed),
             )
+            at_least = base | seq
             for id_, topic, expires, crc, body in cursor:
+                if id_ < at_least:
+                    raise _out_of_order(id_)
+                at_least = id_ + 1
                 if crc32(body) != crc:
-                    self.lose(stream.name, id_ & SEQ_MASK, "corrupt", len(body), "CRC of the row does not fit")
+                    if id_ not in self._bad_rows:  # every reader comes by here, and again after each reconnect
+                        self._bad_rows.add(id_)
+                        self.lose(stream.name, id_ & SEQ_MASK, "corrupt", len(body), "CRC of the row does not fit")
                     continue
                 out.append(Row(id_ & SEQ_MASK, topic, expires, body))
                 size += len(body)
                 if size >= bytes_max or len(out) >= limit:
                     break
             cursor.close()
+            if not out and seq < stream.committed:
+                self._verify_gap(base | at_least & SEQ_MASK, base | stream.committed)
+        except (TypeError, sqlite3.OperationalError) as error:
+            # A flipped bit can make a column another type, or its text no UTF-8: that row is lost, not the daemon.
+            if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
+                raise self._damaged(error) from error
+            return self._read_carefully(stream, seq, limit, bytes_max)
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from error
         return out
+
+    def _verify_gap(self, start: int, end: int) -> None:
+        """Nothing was found between these ids: true only if nothing is found from the other end, either.
+
+        A damaged id in the middle can look like the end, and the cursor would be moved over everything behind it.
+        """
+        row = self._r.execute("SELECT id FROM message WHERE id < ? ORDER BY id DESC LIMIT 1", (end,)).fetchone()
+        if row is not None and row[0] >= start:
+            raise _out_of_order(row[0])
+
+    def _read_carefully(self, stream: Stream, seq: int, rows_max: int, bytes_max: int) -> list[Row]:
+        out: list[Row] = []
+        base = stream.base
+        self._r.text_factory = bytes
+        try:
+            rows = self._r.execute(
+                "SELECT id, topic, expires_age_us, crc, body FROM message WHERE id >= ? AND id < ? ORDER BY id LIMIT ?",
+                (base | seq, base | stream.committed, rows_max),
+            ).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from error
+        finally:
+            self._r.text_factory = str
+        at_least = base | seq
+        for id_, topic, expires, crc, body in rows:
+            if id_ < at_least:
+                raise self._damaged(_out_of_order(id_))
+            at_least = id_ + 1
+            try:
+                text = topic.decode()
+                whole = crc32(body) == crc and (expires is None or type(expires) is int)
+            except (AttributeError, TypeError, UnicodeDecodeError):
+                whole = False
+            if whole:
+                out.append(Row(id_ & SEQ_MASK, text, expires, body))
+            elif id_ not in self._bad_rows:
+                self._bad_rows.add(id_)
+                size = len(body) if isinstance(body, bytes) else 0
+                self.lose(stream.name, id_ & SEQ_MASK, "corrupt", size, "the row's columns make no sense")
+        if rows and not out:
+            return self.read(stream, (rows[-1][0] & SEQ_MASK) + 1, rows_max, bytes_max)
+        return _within(out, bytes_max)
 
     def read_range(self, stream: Stream, start: int, end: int) -> Iterable[Row]:
         """Committed rows with start <= seq < end, read in bounded pieces."""
@@ -590,6 +767,10 @@ class Journal:
         """Now, on the age clock, in microseconds."""
         return self._age.now_us(int(self._clock() * 1e6))
 
+    def _wall_us(self) -> int:
+        """For people only; held within what SQLite stores, whatever the clock believes."""
+        return max(-(1 << 63), min(int(self._wall() * 1e6), (1 << 63) - 1))
+
     def query(self, statement: str, parameters: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         """Read committed rows of the small tables (sessions, dead letters)."""
         return self._r.execute(statement, parameters).fetchall()
@@ -603,8 +784,14 @@ class Journal:
         """
         assert self.under_way is None, "one batch at a time"
         batch, self.pending = self.pending, Batch()
+        if batch.appended:
+            self._admit(batch)
+        elif self.disk_full:
+            batch = self._first_part(batch)
+            self._afford(batch)
         self.under_way = batch
-        self.wall_us = int(self._wall() * 1e6)
+        self.wall_us = self._wall_us()
+        self._delete_bytes_left = self.space.delete_bytes_full if self.disk_full else self.space.delete_bytes
         ex = self._w.execute
         try:
             ex("BEGIN IMMEDIATE")
@@ -615,16 +802,21 @@ class Journal:
                     while end - at >= step:
                         ex(statement, columns[at : at + step])
                         at += step
-            for cursor, stream_id in batch.cursors.items():
+            for statement, parameters, _ in batch.statements:
+                ex(statement, parameters)
+            for cursor, stream_id in batch.cursors.items():  # after the statements: one may have made the cursor
                 ex(
                     "UPDATE cursor SET position = ? WHERE stream = ? AND name = ?",
                     (cursor.position, stream_id, cursor.name),
                 )
                 batch.cursors[cursor] = cursor.position
-            for statement, parameters in batch.statements:
-                ex(statement, parameters)
-            for statement, parameters in batch.with_rows:
-                ex(statement, parameters)
+            if batch.totals:
+                self._stage_losses(batch)
+            for dead_id in batch.revived | batch.dropped:
+                ex("DELETE FROM dead WHERE id = ?", (dead_id,))
+            for stream, before in batch.deleted.items():
+                batch.touched[stream] = None
+                ex("DELETE FROM message WHERE id >= ? AND id < ?", (stream.base, stream.base | before))
             for stream, appended in batch.appended.items():
                 batch.touched[stream] = None
                 if appended.identities:
@@ -670,77 +862,151 @@ class Journal:
             raise self._failed(error) from error
         self.committed()
 
+    def checkpoint_due(self) -> bool:
+        """Whether the WAL has grown enough to be copied into the file."""
+        return self.wal_bytes() > self._checkpoint_at_bytes
+
     def checkpoint(self) -> None:
         """Copy committed pages from the WAL into the file where no reader is in the way. Between commits only."""
         try:
-            self._w.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        except sqlite3.DatabaseError as error:
-            if _no_space(error):
-                self._release_reserve()
-                return
-            raise self._damaged(error) from error
-
-    def recover(self) -> None:
-        """With the disk full: give back what the drained backlog freed, and take messages again once there is room.
-
-        There is room when the reserve can be laid by again. Between commits only.
-        """
-        try:
-            self._w.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            self._w.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
-            self._w.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._checkpoint("PASSIVE")
         except sqlite3.DatabaseError as error:
             if not _no_space(error):
                 raise self._damaged(error) from error
-        if self._lay_by_reserve():
-            # As much again has to be free, or the next batch would meet the same end.
-            space = os.statvfs(self.state_dir)
-            self.disk_full = space.f_bavail * space.f_frsize < self._reserve_bytes
-            if self.disk_full:
-                self._release_reserve()
+            self.disk_full = True
+            self.space.spend()
+
+    def _checkpoint(self, mode: str) -> bool:
+        """Whether everything was copied, so that the next commit starts the WAL from its beginning."""
+        busy, frames, copied = self._w.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+        done = not busy and frames == copied
+        # A reader that stays (a backup, a shell) holds it up; asking again at every commit would only cost syncs.
+        self._checkpoint_at_bytes = self.space.wal_bytes + (0 if done else self.wal_bytes())
+        return done
+
+    # ------------------------------------------------------------------ a full disk
+
+    # Two lines of defence. A batch with messages is let in only if the disk holds it twice, in the WAL and in the file,
+    # so that our own messages never use up the room that a checkpoint needs. Where others fill the disk and a write
+    # fails all the same, the reserve is spent on what must go on: cursors, the ledger, deletions, giving space back.
+
+    def _admit(self, batch: Batch) -> None:
+        size = batch.size_bytes + ROW_BYTES * sum(a.rows for a in batch.appended.values())
+        pages = FIXED_PAGES + PAGES_A_STREAM * len(batch.appended)
+        cost = size + size // 2 + pages * schema.PAGE_SIZE_BYTES
+        free = self.space.free_bytes()
+        if free > 2 * cost + ROOM_BYTES_PLENTY:
+            return
+        if self._room_bytes() >= 2 * cost:
+            return
+        self.disk_full = True
+        self.space.ask(2 * cost)
+        raise self._take_back(batch, f"the disk is full: {free} bytes free")
+
+    def _afford(self, batch: Batch) -> None:
+        """With the disk full, what is written must leave room, the reserve counted, to copy the WAL into the file.
+
+        A reader that holds a snapshot keeps the WAL from being copied: cursors and the ledger can still be written for
+        a while, deletions wait (they would only fill the WAL), and then all of it waits until the reader is gone.
+        """
+        size = sum(len(p) for _, parameters, _ in batch.statements for p in parameters if isinstance(p, (str, bytes)))
+        cost = 2 * size + FIXED_PAGES * schema.PAGE_SIZE_BYTES
+        if batch.touched and not self._wal_held:
+            cost += 2 * self.space.delete_bytes_full
+        reserve = self.space.reserve_bytes if self.space.laid_by else 0
+        if self._room_bytes() + reserve < cost:
+            raise self._take_back(batch, "the disk is full, and the reserve spent", keep_waiting=True)
+
+    def _first_part(self, batch: Batch) -> Batch:
+        """With the disk full, no more statements at a time than surely fit the reserve; the rest waits, in order.
+
+        Cursors and deletions wait for the last of them: a cursor must not be past what the ledger does not have yet.
+        """
+        size = count = 0
+        for _, parameters, _ in batch.statements[:STATEMENTS_DISK_FULL_MAX]:
+            size += sum(len(p) for p in parameters if isinstance(p, (str, bytes)))
+            if count and size > self.space.statement_bytes_full:
+                break
+            count += 1
+        if count == len(batch.statements):
+            return batch
+        first = Batch(statements=batch.statements[:count])
+        del batch.statements[:count]
+        self.pending = batch
+        return first
+
+    def recover(self) -> bool:
+        """With the disk full: give back what the drained backlog freed, and take messages again once there is room.
+
+        Whether there is more to give back. Any thread, between commits only.
+        """
+        space = self.space
+        more = False
+        try:
+            # Not to wait for a reader: nothing else could be committed meanwhile.
+            self._w.execute("PRAGMA busy_timeout = 0")
+            try:
+                self._wal_held = bool(self.wal_bytes()) and not self._checkpoint("TRUNCATE")
+                if not self._wal_held:
+                    more = self._vacuum()
+            finally:
+                self._w.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000}")
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
+                return False
+            if not _no_space(error):
+                raise self._damaged(error) from error
+            return space.spend()
+        if not space.laid_by and space.room_for_reserve():
+            space.lay_by()
+        if space.laid_by and self._room_bytes() >= space.intake_bytes:
+            self.disk_full = False
+        return more
+
+    def _vacuum(self) -> bool:
+        """Give a bounded number of free pages back to the file system; whether there are more."""
+        (free,) = self._w.execute("PRAGMA freelist_count").fetchone()
+        if not free:
+            return False
+        # By executescript, which steps to the end; execute() stops after the first page.
+        self._w.executescript(f"PRAGMA incremental_vacuum({self.space.vacuum_pages})")
+        self._checkpoint("TRUNCATE")
+        return bool(free > self.space.vacuum_pages)
 
     def reclaim(self) -> None:
         """Have rows that nobody needs deleted with the next commit, few as they may be."""
+        if self.disk_full and self._wal_held:
+            return
         for stream in self.streams.values():
             if stream.rows and stream.low() > stream.first_seq:
-                self.pending.touched[stream] = None
+                self._delete_with_next(stream)
 
-    # A reserve is kept in a file of its own. Without it a full disk would be a trap: the rows that drain could not be
-    # deleted, because a deletion, too, has to be written first.
+    def _delete_with_next(self, stream: Stream) -> None:
+        self.pending.touched[stream] = None
+        self._few_as_they_may_be.add(stream)
 
-    def _measure_reserve(self) -> None:
-        space = os.statvfs(self.state_dir)
-        self._reserve_bytes = min(RESERVE_BYTES_MAX, space.f_blocks * space.f_frsize // RESERVE_SHARE)
-        self.wal_bytes_max = self._reserve_bytes // 2
-        self.disk_full = not self._lay_by_reserve()
+    def _room_bytes(self) -> int:
+        """What is free, less what the file still grows by when the WAL is copied into it.
 
-    def _lay_by_reserve(self) -> bool:
-        path = self.state_dir / "reserve"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        What can be written to the WAL without making its file longer counts as free.
+        """
+        page_bytes, frames, pages, copied = self._wal_index()
+        growth = max(0, pages * page_bytes - (self.state_dir / "journal.db").stat().st_size)
+        used = 0 if frames == copied else frames * page_bytes
+        slack = max(0, (self.state_dir / "journal.db-wal").stat().st_size - used)
+        return self.space.free_bytes() + slack - growth
+
+    def _wal_index(self) -> tuple[int, int, int, int]:
         try:
-            os.posix_fallocate(fd, 0, self._reserve_bytes)
-        except OSError:
-            os.ftruncate(fd, 0)
-            return False
-        finally:
-            os.close(fd)
-        return True
-
-    def _release_reserve(self) -> None:
-        self.disk_full = True
-        with contextlib.suppress(FileNotFoundError):
-            os.truncate(self.state_dir / "reserve", 0)
+            page_bytes, frames, pages, copied = _WAL_INDEX.unpack(os.pread(self._index_fd, _WAL_INDEX.size, 0))
+        except struct.error:
+            return 0, 0, 0, 0
+        return page_bytes or 1 << 16, frames, pages, copied
 
     def wal_bytes(self) -> int:
-        """How much of the WAL is in use. Its file never shrinks, so the file's size would say "too large" for good.
-
-        Read from the WAL index, whose header SQLite documents: page size and last valid frame.
-        """
-        try:
-            page_bytes, frames = _WAL_INDEX.unpack(os.pread(self._index_fd, _WAL_INDEX.size, 0))
-        except struct.error:
-            return 0
-        return int((page_bytes or 1 << 16) * frames)
+        """How much of the WAL is in use. Its file never shrinks, so the file's size would say "too large" for good."""
+        page_bytes, frames, _, _ = self._wal_index()
+        return page_bytes * frames
 
     def _remember(self, stream: Stream, appended: Appended) -> None:
         ex = self._w.executemany
@@ -750,7 +1016,7 @@ class Journal:
         )
         over = len(stream.seen) - stream.limits.seen_max
         if over > 0:
-            oldest = list(islice(stream.seen.items(), over))
+            oldest = appended.forgotten = list(islice(stream.seen.items(), over))
             for identity, _ in oldest:
                 del stream.seen[identity]
             self._w.execute("DELETE FROM seen WHERE id BETWEEN ? AND ?", (oldest[0][1], oldest[-1][1]))
@@ -762,21 +1028,40 @@ class Journal:
 
         With `into`, the deletion becomes part of that batch; without, it joins the transaction that is open.
         """
-        low = min(stream.low() if before is None else before, stream.committed)
-        if low - stream.first_seq < (1 if all_of_it or low >= stream.next_seq else DELETE_ROWS_MIN):
+        if self.disk_full and self._wal_held and not all_of_it:
             return False
+        low = min(stream.low() if before is None else before, stream.committed)
+        # A few are left for later, unless they are the last or room is short: each commit that deletes costs pages.
+        # The last is not next_seq - 1: a batch that was taken back leaves a gap.
+        staged = stream in self.pending.appended or (self.under_way is not None and stream in self.under_way.appended)
+        last = low >= stream.committed and not staged
+        few = all_of_it or last or stream in self._few_as_they_may_be
+        if low - stream.first_seq < (1 if few else DELETE_ROWS_MIN):
+            return False
+        self._few_as_they_may_be.discard(stream)
+        end = low
         if not all_of_it:
-            low = min(low, stream.first_seq + (DELETE_ROWS_DISK_FULL if self.disk_full else DELETE_ROWS_MAX))
-        span = (stream.base | stream.first_seq, stream.base | low)
+            low = min(low, stream.first_seq + DELETE_ROWS_MAX)
         connection = self._w if into is None else self._r
-        rows, size = connection.execute(
-            "SELECT count(*), coalesce(sum(length(body)), 0) FROM message WHERE id >= ? AND id < ?", span
-        ).fetchone()
+        while True:
+            span = (stream.base | stream.first_seq, stream.base | low)
+            rows, size = connection.execute(
+                "SELECT count(*), coalesce(sum(length(body)), 0) FROM message WHERE id >= ? AND id < ?", span
+            ).fetchone()
+            left = self._delete_bytes_left
+            if all_of_it or size <= left or low - stream.first_seq == 1:
+                break
+            if left <= 0:
+                self._delete_with_next(stream)
+                return False
+            low = stream.first_seq + max(1, min((low - stream.first_seq) * left // size, (low - stream.first_seq) // 2))
+        if low < end:
+            self._delete_with_next(stream)
         if into is None:
+            self._delete_bytes_left -= size
             self._w.execute("DELETE FROM message WHERE id >= ? AND id < ?", span)
         else:
-            into.statements.append(("DELETE FROM message WHERE id >= ? AND id < ?", span))
-            into.touched[stream] = into.deleted[stream] = None
+            into.deleted[stream] = max(low, into.deleted.get(stream, 0))
         stream.rows -= rows
         stream.size_bytes -= size
         stream.first_seq = low
@@ -797,41 +1082,76 @@ class Journal:
                 error.add_note(f"and the rollback: {second}")
         batch, self.under_way = self.under_way, None
         assert batch is not None
-        for stream, appended in batch.appended.items():
-            for identity, _ in appended.identities:
-                stream.seen.pop(identity, None)
-        # What the file says now is the truth about rows and bytes; what is staged since comes on top.
-        for stream in batch.touched | dict.fromkeys(batch.appended):
-            self._recount(stream)
-        for cursor, _ in batch.cursors.items():
-            self.pending.cursors.setdefault(cursor, self._stream_of(cursor).id)
-        self.pending.statements[:0] = [s for s in batch.statements if not s[0].startswith("DELETE FROM message")]
-        self.pending.touched.update(batch.touched)
         code = getattr(error, "sqlite_errorname", "")
         if code in {"SQLITE_CORRUPT", "SQLITE_NOTADB"}:
             return self._damaged(error)
-        if _no_space(error):
-            self._release_reserve()
-        full = JournalFull("*", f"the disk does not take it: {error}")
-        for waiter, tokens in batch.waiting.items():
-            waiter.failed(tokens, full)
+        no_space = _no_space(error)
+        if no_space:
+            self.disk_full = True
+            self.space.spend()
+        try:
+            return self._take_back(batch, f"the disk does not take it: {error}", keep_waiting=no_space)
+        except JournalError as second:
+            return second
+
+    def _take_back(self, batch: Batch, reason: str, *, keep_waiting: bool = False) -> JournalFull:
+        """Undo in memory what `batch` did, tell everybody who waits, and stage again what is not about new messages.
+
+        With `keep_waiting`, who waits for a batch without messages is not told: all of it is tried again.
+        """
+        pending = self.pending
+        for stream, appended in batch.appended.items():
+            for identity, _ in appended.identities:
+                stream.seen.pop(identity, None)
+            if appended.forgotten:
+                stream.seen = dict(appended.forgotten) | stream.seen
+        self.dead_count += len(batch.revived)
+        for dead_id in batch.dropped:
+            pending.dropped.setdefault(dead_id)
+        for key, sums in batch.totals.items():
+            _add(pending.totals, key, sums)
+        for which, sums in batch.unnumbered.items():
+            _add(pending.unnumbered, which, sums)
+        again = keep_waiting and not batch.appended
+        pending.statements[:0] = [each for each in batch.statements if again or not each[2]]
+        # The seqs are spent: a new cursor or subscription may count from behind them. After a restart they must not
+        # be given to messages that it would then take for old ones.
+        for stream in batch.appended:
+            spent = "UPDATE stream SET next_seq = max(next_seq, ?) WHERE id = ?"
+            pending.statements.insert(0, (spent, (stream.next_seq, stream.id), False))
+        for cursor in batch.cursors:
+            owner = next((s for s in self.streams.values() if s.cursors.get(cursor.name) is cursor), None)
+            if owner is not None:  # else dropped meanwhile
+                pending.cursors.setdefault(cursor, owner.id)
+        pending.touched.update(batch.touched)
+        for stream in batch.touched | batch.appended | batch.deleted:
+            before = max(batch.deleted.get(stream, 0), pending.deleted.pop(stream, 0))
+            self._recount(stream)
+            if before:
+                self._delete(stream, pending, all_of_it=True, before=before)
+        full = JournalFull("*", reason)
+        if again:
+            later, pending.waiting = pending.waiting, batch.waiting
+            for waiter, tokens in later.items():
+                pending.waiting.setdefault(waiter, []).extend(tokens)
+        else:
+            for waiter, tokens in batch.waiting.items():
+                waiter.failed(tokens, full)
         return full
 
     def _recount(self, stream: Stream) -> None:
-        base = stream.base
-        (rows, size, _), first = (
-            self._w.execute("SELECT rows, bytes, next_seq FROM stream WHERE id = ?", (stream.id,)).fetchone(),
-            self._w.execute("SELECT min(id) FROM message WHERE id BETWEEN ? AND ?", (base, base | SEQ_MASK)).fetchone()[
-                0
-            ],
-        )
+        """What the file says is the truth about rows and bytes; what is staged since comes on top."""
+        span = (stream.base, stream.base | SEQ_MASK)
+        try:
+            row = self._w.execute("SELECT rows, bytes FROM stream WHERE id = ?", (stream.id,)).fetchone()
+            (first,) = self._w.execute("SELECT min(id) FROM message WHERE id BETWEEN ? AND ?", span).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from error
+        rows, size = row or (0, 0)  # none: the stream itself waits to be written
         staged = self.pending.appended.get(stream)
         stream.rows = rows + (staged.rows if staged else 0)
         stream.size_bytes = size + (staged.size_bytes if staged else 0)
         stream.first_seq = stream.committed if first is None else first & SEQ_MASK
-
-    def _stream_of(self, cursor: Cursor) -> Stream:
-        return next(s for s in self.streams.values() if s.cursors.get(cursor.name) is cursor)
 
     def _damaged(self, error: sqlite3.Error) -> JournalError:
         if getattr(error, "sqlite_errorname", "") not in {"SQLITE_CORRUPT", "SQLITE_NOTADB"}:
@@ -844,8 +1164,30 @@ class Journal:
 
 
 def _no_space(error: sqlite3.Error) -> bool:
-    """SQLITE_FULL; some file systems let a write fail in other ways when they are full."""
-    return getattr(error, "sqlite_errorname", "") in {"SQLITE_FULL", "SQLITE_IOERR_WRITE"}
+    """SQLITE_FULL; a quota, and some file systems when they are full, let a write or the WAL index fail otherwise."""
+    return getattr(error, "sqlite_errorname", "") in {"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"}
+
+
+def _add(sums: dict[_K, list[int]], key: _K, more: list[int]) -> None:
+    sum_ = sums.setdefault(key, [0, 0])
+    sum_[0] += more[0]
+    sum_[1] += more[1]
+
+
+def _out_of_order(id_: int) -> sqlite3.DatabaseError:
+    """A page of another place, whole in itself: SQLite does not notice, and reading on after it would go round."""
+    error = sqlite3.DatabaseError(f"row {id_} is in the wrong place")
+    error.sqlite_errorname = "SQLITE_CORRUPT"
+    return error
+
+
+def _within(rows: list[Row], bytes_max: int) -> list[Row]:
+    size = 0
+    for n, row in enumerate(rows):
+        size += len(row.body)
+        if size >= bytes_max:
+            return rows[: n + 1]
+    return rows
 
 
 def _from_tail(tail: deque[Chunk], seq: int, rows_max: int, bytes_max: int) -> list[Row]:
@@ -884,6 +1226,7 @@ def _explain(path: Path, error: sqlite3.Error) -> JournalError:
         "SQLITE_BUSY": "locked by another program; close it (a database browser, a backup) and start again",
         "SQLITE_LOCKED": "locked by another program; close it (a database browser, a backup) and start again",
         "SQLITE_FULL": "no space left; free some on this file system",
+        "SQLITE_IOERR_SHMSIZE": "no space left; free some on this file system",
         "SQLITE_PERM": "no permission; make the file readable and writable by this user",
     }.get(name, "check the disk, then start again")
     return JournalError(f"{path}: {error} ({name or 'SQLite'}): {advice}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -29,7 +30,11 @@ class StateLock:
                 f"{state_dir}: in use by another lineside (pid {pid}); stop it, or give this one its own state_dir"
             ) from None
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # on a full disk the lock holds without its number
+                raise
 
     def release(self) -> None:
         if self._fd >= 0:

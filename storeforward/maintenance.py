@@ -14,12 +14,8 @@ def requeue(journal: Journal, ids: list[int]) -> int:
     for id_ in ids:
         for stream_name, topic, body in journal.query("SELECT stream, topic, body FROM dead WHERE id = ?", (id_,)):
             stream = journal.streams.get(stream_name)
-            if stream is None:
-                continue
-            journal.append(stream, topic, lambda seq, payload: payload, body)
-            journal.execute("DELETE FROM dead WHERE id = ?", (id_,))
-            journal.dead_count -= 1
-            done += 1
+            if stream is not None:
+                done += journal.revive(id_, stream, topic, body)
     return done
 
 
@@ -28,10 +24,7 @@ def drop(journal: Journal, ids: list[int]) -> int:
     done = 0
     for id_ in ids:
         for stream_name, seq, size in journal.query("SELECT stream, seq, length(body) FROM dead WHERE id = ?", (id_,)):
-            journal.execute("DELETE FROM dead WHERE id = ?", (id_,))
-            journal.lose(stream_name, seq, "dropped-by-operator", size)
-            journal.dead_count -= 1
-            done += 1
+            done += journal.drop_dead(id_, stream_name, seq, size)
     return done
 
 

@@ -32,7 +32,16 @@ SMALL_TABLES = (
     "loss_total",
     "request",
 )
+MESSAGE_TYPES = ("INTEGER", "INTEGER", "INTEGER", "TEXT", "INTEGER", "BLOB")
+PYTHON_TYPES = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
+# sqlite3 quotes what is damaged in its messages, and that need not be text.
+DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 LOST_ROWS_MAX = 100_000
+STREAMS_GUESSED = 64
+SKIP_MAX = 1 << 24
+SINGLY_MAX = 100_000
+
+_SELECT = "SELECT id, time_us, expires_age_us, topic, crc, body FROM message"
 
 
 def salvage(state_dir: Path, clock: Callable[[], float]) -> str:
@@ -53,6 +62,7 @@ def salvage(state_dir: Path, clock: Callable[[], float]) -> str:
         new = sqlite3.connect(building, isolation_level=None)
         try:
             new.execute(f"PRAGMA page_size = {schema.PAGE_SIZE_BYTES:d}")
+            new.execute("PRAGMA auto_vacuum = INCREMENTAL")
             new.execute("PRAGMA synchronous = FULL")
             schema.migrate(new)
             new.execute("BEGIN")
@@ -97,20 +107,25 @@ def _set_aside(state_dir: Path) -> Path:
 def _copy(old: sqlite3.Connection, new: sqlite3.Connection) -> str:
     problems: list[str] = []
     for table in SMALL_TABLES:
-        columns = [r[1] for r in new.execute(f"PRAGMA table_info({table})")]
+        columns, types = zip(*[r[1:3] for r in new.execute(f"PRAGMA table_info({table})")], strict=True)
         marks = ",".join("?" * len(columns))
         try:
             for row in old.execute(f"SELECT {','.join(columns)} FROM {table}"):
-                new.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row)
-        except sqlite3.DatabaseError as error:
+                if _makes_sense(table, row, types):
+                    new.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row)
+                else:
+                    problems.append(f"table {table}: a row that makes no sense")
+        except DAMAGE as error:
             problems.append(f"table {table}: {error}")
     kept = bad = 0
     have: dict[int, set[int]] = {}
     wall_us = int(time.time() * 1e6)
-    for row in _messages(old):
+    ends = dict(new.execute("SELECT id, next_seq FROM stream"))
+    for row in _messages(old, _stream_ids(new)):
         id_, _, _, _, crc, body = row
         stream, seq = id_ >> SEQ_BITS, id_ & SEQ_MASK
-        if not isinstance(body, bytes) or crc32(body) != crc:
+        # Beyond the stream's end only a damaged seq can be: the counter is written with the rows.
+        if not _makes_sense("message", row, MESSAGE_TYPES) or crc32(body) != crc or seq >= ends.get(stream, SEQ_MASK):
             bad += 1
             continue
         if new.execute("INSERT OR IGNORE INTO message VALUES (?,?,?,?,?,?)", row).rowcount:
@@ -119,7 +134,7 @@ def _copy(old: sqlite3.Connection, new: sqlite3.Connection) -> str:
     try:
         for row in old.execute("SELECT id, identity FROM seen"):
             new.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", row)
-    except sqlite3.DatabaseError as error:
+    except DAMAGE as error:
         problems.append(f"table seen: {error}")
     lost = _account(new, have, wall_us)
     text = f"{kept} messages salvaged, {lost} lost and entered in the ledger"
@@ -128,12 +143,20 @@ def _copy(old: sqlite3.Connection, new: sqlite3.Connection) -> str:
     return text + "".join(f"; {p}" for p in problems)
 
 
+def _makes_sense(table: str, row: tuple[Any, ...], types: tuple[str, ...]) -> bool:
+    """Whether the columns are of the types that were written; a flipped bit can change them, SQLite does not mind."""
+    if table == "meta" and row[0] == "epoch" and not str(row[1]).isdecimal():
+        return False
+    return all(v is None or type(v) is PYTHON_TYPES[t] for v, t in zip(row, types, strict=True))
+
+
 def _account(new: sqlite3.Connection, have: dict[int, set[int]], wall_us: int) -> int:
     """Bring counters in line with the rows; enter every seq that is owed and missing in the ledger."""
     named = {
         int(key.removeprefix("stream ")): value.split(" ", 1)
         for key, value in new.execute("SELECT key, value FROM meta WHERE key LIKE 'stream %'")
     }
+    counted = {id_ for (id_,) in new.execute("SELECT id FROM stream")}
     for stream in have.keys() | named.keys():
         direction, name = named.get(stream, ("local", f"salvaged-{stream}"))
         new.execute("INSERT OR IGNORE INTO stream (id, name, direction) VALUES (?, ?, ?)", (stream, name, direction))
@@ -141,18 +164,28 @@ def _account(new: sqlite3.Connection, have: dict[int, set[int]], wall_us: int) -
     for stream, name, next_seq in new.execute("SELECT id, name, next_seq FROM stream").fetchall():
         seqs = have.get(stream, set())
         next_seq = max(next_seq, max(seqs, default=0) + 1)
+        if stream in counted:
+            # Nobody can be past the end: that position is damage, and what is there goes again.
+            new.execute(
+                "UPDATE cursor SET position = ? WHERE stream = ? AND position > ?",
+                (min(seqs, default=next_seq), stream, next_seq),
+            )
+        else:
+            # Its counter is lost. A seq that a cursor is past must not be given to a new message.
+            (far,) = new.execute("SELECT max(position) FROM cursor WHERE stream = ?", (stream,)).fetchone()
+            next_seq = max(next_seq, far or 0)
         (low,) = new.execute("SELECT min(position) FROM cursor WHERE stream = ?", (stream,)).fetchone()
         start = low if low is not None else min(seqs, default=next_seq)
         missing = 0
-        for seq in range(start, next_seq):
-            if seq not in seqs:
-                missing += 1
-                if missing <= LOST_ROWS_MAX:
-                    new.execute(
-                        "INSERT INTO loss (time_us, stream, seq, reason, size, detail) "
-                        "VALUES (?, ?, ?, 'corrupt', 0, 'did not read when the journal was salvaged')",
-                        (wall_us, name, seq),
-                    )
+        after = start
+        for seq in [*sorted(seq for seq in seqs if seq >= start), next_seq]:
+            new.executemany(
+                "INSERT INTO loss (time_us, stream, seq, reason, size, detail) "
+                "VALUES (?, ?, ?, 'corrupt', 0, 'did not read when the journal was salvaged')",
+                ((wall_us, name, gone) for gone in range(after, min(seq, after + LOST_ROWS_MAX - missing))),
+            )
+            missing += seq - after
+            after = seq + 1
         if missing:
             new.execute(
                 "INSERT INTO loss_total VALUES (?, 'corrupt', ?, 0) "
@@ -169,28 +202,61 @@ def _account(new: sqlite3.Connection, have: dict[int, set[int]], wall_us: int) -
     return total
 
 
-def _messages(old: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
-    """Every message row that reads, first forwards; past a page that does not read by seeking beyond it."""
-    select = "SELECT id, time_us, expires_age_us, topic, crc, body FROM message WHERE id > ? ORDER BY id"
-    last, step = 0, 1
-    end = _last_id(old)
-    while last <= end:
-        try:
-            for row in old.execute(select, (last,)):
-                last, step = row[0], 1
-                yield row
-            return
-        except sqlite3.DatabaseError:
-            # Seek past the damage in growing steps; a stream's end makes the next stream's start the next try.
-            if (last & SEQ_MASK) + step > SEQ_MASK or step > 1 << 24:
-                last, step = ((last >> SEQ_BITS) + 1) << SEQ_BITS, 1
-            else:
-                last, step = last + step, step * 2
+def _stream_ids(new: sqlite3.Connection) -> list[int]:
+    """Streams that the salvaged tables name; if neither table reads, the numbers that streams get first."""
+    ids = {i for (i,) in new.execute("SELECT id FROM stream")}
+    ids |= {int(k.removeprefix("stream ")) for (k,) in new.execute("SELECT key FROM meta WHERE key LIKE 'stream %'")}
+    return sorted(ids or range(1, STREAMS_GUESSED))
 
 
-def _last_id(old: sqlite3.Connection) -> int:
+def _messages(old: sqlite3.Connection, streams: list[int]) -> Iterator[tuple[Any, ...]]:
+    """Every message row that reads: each stream forwards, past a page that does not read by seeking beyond it."""
     try:
-        (id_,) = old.execute("SELECT max(id) FROM message").fetchone()
-        return int(id_ or 0)
-    except sqlite3.DatabaseError:
-        return schema.STREAMS_MAX << SEQ_BITS
+        old.execute("SELECT id FROM message LIMIT 0")
+    except DAMAGE:
+        return  # the schema itself is gone
+    for stream in streams:
+        base = stream << SEQ_BITS
+        last, step = base, 1
+        while last - base + step <= SEQ_MASK and step <= SKIP_MAX:
+            try:
+                for row in old.execute(f"{_SELECT} WHERE id > ? AND id <= ? ORDER BY id", (last, base | SEQ_MASK)):
+                    if row[0] <= last:
+                        raise sqlite3.DatabaseError("a page of another place")
+                    if row[0] > last + 1:
+                        yield from _singly(old, last + 1, row[0])
+                    last, step = row[0], 1
+                    yield row
+                break
+            except DAMAGE:
+                pass
+            # Growing steps, then back: what lies between the damage and where reading begins again is looked up singly.
+            try:
+                beyond = old.execute(
+                    "SELECT id FROM message WHERE id > ? AND id <= ? ORDER BY id LIMIT 1",
+                    (last + step, base | SEQ_MASK),
+                ).fetchone()
+            except DAMAGE:
+                step *= 2
+                continue
+            if beyond is not None and beyond[0] <= last + step:
+                step *= 2
+                continue
+            end = base | SEQ_MASK if beyond is None else beyond[0]
+            yield from _singly(old, last + 1, min(end, last + step + 1))
+            if beyond is None:
+                break
+            last, step = end - 1, 1
+        else:
+            # Nothing reads to the end: what is there of the part after the last good row is found only one by one.
+            yield from _singly(old, last + 1, last + SINGLY_MAX)
+
+
+def _singly(old: sqlite3.Connection, start: int, end: int) -> Iterator[tuple[Any, ...]]:
+    for id_ in range(start, min(end, start + SINGLY_MAX)):
+        try:
+            row = old.execute(f"{_SELECT} WHERE id = ?", (id_,)).fetchone()
+        except DAMAGE:
+            continue
+        if row is not None:
+            yield row

@@ -85,6 +85,14 @@ def browser() -> str:
     return str(found)
 
 
+def qpid_jms_lib() -> Path:
+    return Path(_deployed.qpid_jms_lib())
+
+
+def rhea_modules() -> Path:
+    return Path(_deployed.rhea_modules())
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on just now."""
     while True:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from gateway.amqp.engine import Engine, Event
+from gateway.amqp.sasl import Outcome as Refusal
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class AmqpProtocol(asyncio.Protocol):
         self._flush_scheduled = False
         self._over = False
         self.write_paused = False
+        self.heard = False  # whether the peer ever said anything
+        self.on_resumed: Callable[[], None] = lambda: None  # the transport takes more again
         self.engine: Engine
 
     # -------- asyncio's side
@@ -67,13 +70,14 @@ class AmqpProtocol(asyncio.Protocol):
         self.engine = self._make_engine(transport)
         self.engine.on_output = self.schedule_flush
         if self._on_ready is not None:
-            self._guarded(self._on_ready, self)
+            self.guarded(self._on_ready, self)
         self._tick()
         self.schedule_flush()
 
     def data_received(self, data: bytes) -> None:
         if self._over:
             return
+        self.heard = True
         events = self.engine.receive(data, self._loop.time())
         self._deliver(events)
         if self.engine.deadline < self._timer_at:
@@ -88,6 +92,7 @@ class AmqpProtocol(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.write_paused = False
+        self.guarded(self.on_resumed)
         self.schedule_flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -109,6 +114,15 @@ class AmqpProtocol(asyncio.Protocol):
         if not self._flush_scheduled and not self._over:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
+
+    def authenticated(self, granted: bool, refusal: Refusal = Refusal.AUTH) -> None:
+        """Whether the password was right that the engine's SASL layer could not judge at once."""
+        if self._over:
+            return
+        self._deliver(self.engine.authenticated(granted, self._loop.time(), refusal))
+        if not self._over and self.engine.deadline < self._timer_at:
+            self._tick()
+        self.schedule_flush()
 
     def close(self, condition: str | None = None, description: str = "") -> None:
         """Say goodbye: TCP stays until the peer's close, or CLOSE_WAIT_S."""
@@ -139,7 +153,8 @@ class AmqpProtocol(asyncio.Protocol):
 
     # -------- within
 
-    def _guarded(self, call: Callable[..., None], *args: Any) -> None:
+    def guarded(self, call: Callable[..., None], *args: Any) -> None:
+        """Call what concerns this connection and no other."""
         try:
             call(*args)
         except Exception:  # whatever a handler does wrong, only its connection pays
@@ -148,7 +163,7 @@ class AmqpProtocol(asyncio.Protocol):
 
     def _deliver(self, events: list[Event]) -> None:
         if events and not self._over:
-            self._guarded(self._handler.on_events, self.engine, events)
+            self.guarded(self._handler.on_events, self.engine, events)
 
     def _flush(self) -> None:
         self._flush_scheduled = False

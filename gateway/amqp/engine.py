@@ -23,10 +23,13 @@ import proton
 
 from gateway.amqp import raw
 from gateway.amqp.sasl import AMQP_HEADER, HEADER_BYTES, SaslClient, SaslServer
+from gateway.amqp.sasl import Outcome as Refusal
 
 MESSAGE_BYTES_MAX: Final = 16 << 20
 FRAME_BYTES_MAX: Final = 65536
 LINKS_MAX: Final = 256
+# Unfinished deliveries of all links of a connection together.
+PARTIAL_BYTES_MAX: Final = 32 << 20
 SESSIONS_MAX: Final = 64
 CAPABILITIES_MAX: Final = 32
 # A message longer than two chunks is fed to its link a chunk at a time: at once costs a hundredfold (8 MB, measured).
@@ -36,6 +39,7 @@ OUTGOING_BYTES_MAX: Final = 2 << 20
 OUTPUT_BYTES: Final = 1 << 20
 
 LINK_DETACH_FORCED: Final = "amqp:link:detach-forced"
+LINK_STOLEN: Final = "amqp:link:stolen"
 MESSAGE_SIZE_EXCEEDED: Final = "amqp:link:message-size-exceeded"
 TRANSFER_LIMIT_EXCEEDED: Final = "amqp:link:transfer-limit-exceeded"
 RESOURCE_LIMIT_EXCEEDED: Final = "amqp:resource-limit-exceeded"
@@ -43,6 +47,8 @@ DECODE_ERROR: Final = "amqp:decode-error"
 NOT_ALLOWED: Final = "amqp:not-allowed"
 NOT_IMPLEMENTED: Final = "amqp:not-implemented"
 UNAUTHORIZED: Final = "amqp:unauthorized-access"
+NOT_FOUND: Final = "amqp:not-found"
+INVALID_FIELD: Final = "amqp:invalid-field"
 FRAMING_ERROR: Final = "amqp:connection:framing-error"
 
 # What reading a peer's open or attach may raise inside proton's binding.
@@ -116,7 +122,10 @@ _OUTCOME_BY_STATE = {
 
 @dataclass(frozen=True, slots=True)
 class Terminus:
-    """A source or a target (part 3.5.3, 3.5.4). coordinator: the target is a transaction coordinator."""
+    """A source or a target (part 3.5.3, 3.5.4).
+
+    coordinator: the target is a transaction coordinator. copy: the source's distribution-mode leaves messages there.
+    """
 
     address: str | None = None
     durability: Durability = Durability.NONE
@@ -125,6 +134,7 @@ class Terminus:
     dynamic: bool = False
     capabilities: tuple[str, ...] = ()
     coordinator: bool = False
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +206,8 @@ class LinkAttached:
 class LinkClosed:
     """The link is gone, whoever began it; what was unsettled on it has no known fate.
 
-    detached: the terminus stays and may be attached again. refused: the peer never accepted the attach.
+    detached: the terminus stays and may be attached again, also where only the session ended. refused: the peer never
+    accepted the attach.
     """
 
     link: Sender | Receiver
@@ -277,6 +288,7 @@ def _terminus(remote: Any) -> Terminus | None:
         dynamic=remote.dynamic,
         capabilities=_symbols(capabilities),
         coordinator=kind == proton.Terminus.COORDINATOR,
+        copy=remote.distribution_mode == proton.Terminus.DIST_MODE_COPY,
     )
 
 
@@ -289,6 +301,8 @@ def _set_terminus(local: Any, wanted: Terminus | None) -> None:
     local.expiry_policy = _EXPIRY_NUMBER[wanted.expiry]
     local.timeout = wanted.timeout_s
     local.dynamic = wanted.dynamic
+    if wanted.copy:
+        local.distribution_mode = proton.Terminus.DIST_MODE_COPY
     if wanted.capabilities:
         data = local.capabilities
         data.clear()
@@ -402,10 +416,11 @@ class _Link:
             return
         self._closing = True
         self._opened = True
+        self._link.condition = _condition(condition, description)
         if detach:
+            self._link._update_cond()  # proton's close() does this by itself, its detach() does not
             self._link.detach()
         else:
-            self._link.condition = _condition(condition, description)
             self._link.close()
         self._engine._produced()
 
@@ -569,7 +584,16 @@ class Receiver(_Link):
     message it sent, whatever delivery-count comes with it, and so would send more than was granted.
     """
 
-    __slots__ = ("_granted", "_next_handle", "_parts", "_pending", "_received", "max_message_bytes", "whole_windows")
+    __slots__ = (
+        "_granted",
+        "_next_handle",
+        "_partial_bytes",
+        "_parts",
+        "_pending",
+        "_received",
+        "max_message_bytes",
+        "whole_windows",
+    )
 
     role = Role.RECEIVER
 
@@ -577,6 +601,7 @@ class Receiver(_Link):
         super().__init__(engine, session, link)
         self._pending: dict[int, raw.Pointer] = {}
         self._parts: list[bytes] = []
+        self._partial_bytes = 0
         self._next_handle = 0
         self._granted = 0
         self._received = 0
@@ -611,6 +636,11 @@ class Receiver(_Link):
         take = self._pending.pop
         raw.accept([delivery for handle in handles if (delivery := take(handle, None)) is not None])
         self._engine._produced()
+
+    def was_presettled(self, handle: int) -> bool:
+        """Whether the peer has settled this message itself: then it hears no answer, and keeps nothing."""
+        delivery = self._pending.get(handle)
+        return delivery is not None and raw.settled(delivery)
 
     def reject(self, handle: int, condition: str, description: str = "") -> None:
         """This message is wrong, do not send it again."""
@@ -648,6 +678,8 @@ class Receiver(_Link):
         except raw.TooLarge as large:
             pulled = large.args[0]
             broken = MESSAGE_SIZE_EXCEEDED, f"a message is longer than {self.max_message_bytes} bytes"
+        if self._parts or self._partial_bytes:
+            self._engine._count_partial(self)
         if pulled:
             first = self._next_handle
             self._received += len(pulled)
@@ -671,6 +703,7 @@ class Receiver(_Link):
         super()._gone()
         self._pending.clear()
         self._parts.clear()
+        self._engine._count_partial(self)
 
 
 # ------------------------------------------------------------------------------------------------ the connection
@@ -690,6 +723,7 @@ class Engine:
         max_frame_bytes: int = FRAME_BYTES_MAX,
         sessions_max: int = SESSIONS_MAX,
         links_max: int = LINKS_MAX,
+        partial_bytes_max: int = PARTIAL_BYTES_MAX,
         properties: Mapping[str, Any] | None = None,
         offered_capabilities: Sequence[str] = (),
     ) -> None:
@@ -704,6 +738,8 @@ class Engine:
         self._header_seen = False
         self._last_words = b""
         self._links_max = links_max
+        self._partial_bytes = 0
+        self._partial_bytes_max = partial_bytes_max
         self._transport: Any = proton.Transport(proton.Transport.SERVER if server else proton.Transport.CLIENT)
         self._transport.max_frame_size = max_frame_bytes
         self._transport.channel_max = sessions_max - 1
@@ -870,6 +906,14 @@ class Engine:
                 self._fail(FRAMING_ERROR, "malformed frame")
         return self.take_events()
 
+    def authenticated(self, granted: bool, now: float, refusal: Refusal = Refusal.AUTH) -> list[Event]:
+        """What has become of a password that could not be judged at once (see SaslServer): what follows from it."""
+        assert isinstance(self._sasl, SaslServer)
+        if self._failed or self._lost or not self._sasl.waiting:
+            return []
+        self._sasl.answer(granted, refusal)
+        return self.receive(b"", now)
+
     def take_events(self) -> list[Event]:
         """What happened outside receive(): in tick(), or while sending."""
         events, self._events = self._events, []
@@ -936,6 +980,14 @@ class Engine:
         event = Settled(sender)
         if not self._events or self._events[-1] != event:
             self._events.append(event)
+
+    def _count_partial(self, receiver: Receiver) -> None:
+        """A peer may begin a large message on every link and finish none: together they are bounded, too."""
+        held = sum(map(len, receiver._parts))
+        self._partial_bytes += held - receiver._partial_bytes
+        receiver._partial_bytes = held
+        if self._partial_bytes > self._partial_bytes_max:
+            self._fail(RESOURCE_LIMIT_EXCEEDED, f"more than {self._partial_bytes_max} bytes of messages without an end")
 
     def _fail(self, condition: str, description: str, *, auth: bool = False) -> None:
         if self._failed:
@@ -1078,7 +1130,8 @@ class Engine:
             return
         condition, description = raw.session_condition(pointer)
         for link in tuple(session._links):
-            self._drop_link(link, condition, description, detached=False)
+            # The termini outlive their session where their expiry policy says so.
+            self._drop_link(link, condition, description, detached=True)
         self._drop_session(session)
         session._session.close()
         session._session.free()

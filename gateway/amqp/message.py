@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ ANNOTATION_USER_PROPERTIES = "x-opt-lineside-user-properties"
 # [gateway, response topic, correlation data]: what that gateway's MQTT apps are given in place of reply-to and
 # correlation-id, which belong to the hub's apps.
 ANNOTATION_REQUEST = "x-opt-lineside-request"
+
+# What stands before a correlation-id that is no binary while it travels as an MQTT app's correlation data.
+CORRELATION_MARK = b"\0amqp-"
+_OWN_ID = re.compile(r"[^:]{1,64}:[0-9a-f]+\.[0-9a-f]{6}:[^:]{1,64}:[0-9a-f]{12}")
 
 DEPTH_MAX = 16
 TTL_MS_MAX = 0xFFFFFFFF
@@ -638,6 +643,53 @@ def user_properties(message: Message, without: str | None = None) -> list[tuple[
     ]
 
 
+def correlation_data(correlation_id: MessageId) -> bytes | None:
+    """A correlation-id as an MQTT app's correlation data, which it hands back unread (MQTT 5.0 §3.3.2.3.6).
+
+    Its AMQP type has to come back, too, or who asked would not know the answer: all but binary is marked.
+    """
+    if correlation_id is None or isinstance(correlation_id, bytes):
+        return correlation_id
+    if isinstance(correlation_id, str):
+        return CORRELATION_MARK + b"s" + correlation_id.encode()
+    if isinstance(correlation_id, UUID):
+        return CORRELATION_MARK + b"U" + correlation_id.bytes
+    return CORRELATION_MARK + b"u%d" % correlation_id
+
+
+def answer_to(message: Message) -> bytes | None:
+    """The correlation data that an MQTT app is given with a message, to be sent back with its answer.
+
+    An AMQP request without a correlation-id is answered by its message-id, as AMQP apps have it.
+    """
+    asked = message.correlation_id
+    if asked is None and message.reply_to is not None and not is_own_id(message.message_id):
+        asked = message.message_id
+    return correlation_data(asked)
+
+
+def is_own_id(message_id: MessageId) -> bool:
+    """Whether a gateway gave this id."""
+    return isinstance(message_id, str) and _OWN_ID.fullmatch(message_id) is not None
+
+
+def correlation_id(data: bytes | None) -> MessageId:
+    """The reverse of `correlation_data`; what an MQTT app made up itself is binary."""
+    if data is None or not data.startswith(CORRELATION_MARK):
+        return data
+    kind, value = data[len(CORRELATION_MARK) :][:1], data[len(CORRELATION_MARK) + 1 :]
+    try:
+        if kind == b"s":
+            return value.decode()
+        if kind == b"U" and len(value) == 16:
+            return UUID(bytes=value)
+        if kind == b"u" and value.isdigit() and len(value) <= 20 and int(value) < 1 << 64:
+            return int(value)
+    except UnicodeDecodeError:
+        return data
+    return data
+
+
 # ------------------------------------------------------------------------------------------------ without decoding
 
 
@@ -695,25 +747,48 @@ def identity(body: bytes) -> bytes | None:
     return None if found is None else blake2b(found, digest_size=IDENTITY_BYTES).digest()
 
 
+def lineside_identity(message: Message) -> bytes | None:
+    """As `identity`, but only for ids that a gateway gave: an app may use its own message-ids as often as it likes."""
+    given = message.annotations.get(ANNOTATION_ID)
+    if not isinstance(given, str):
+        given = message.message_id
+    if not isinstance(given, str) or not is_own_id(given):
+        return None
+    return blake2b(b"s" + given.encode(), digest_size=IDENTITY_BYTES).digest()
+
+
 def patch_ttl(body: bytes, ttl_ms: int) -> bytes:
     """The same message with this ttl in its header; all other bytes as they were. Raises MessageError."""
-    ttl = min(max(ttl_ms, 0), TTL_MS_MAX).to_bytes(4, "big")
     if body.startswith(_HEADER_TTL) and len(body) > _HEADER_TTL_BYTES:
-        return b"%b%b%b" % (_HEADER_TTL, ttl, body[_HEADER_TTL_BYTES:])
+        return b"%b%b%b" % (_HEADER_TTL, _ttl(ttl_ms), body[_HEADER_TTL_BYTES:])
+    return patch_header(body, ttl_ms=ttl_ms)
+
+
+def _ttl(ttl_ms: int) -> bytes:
+    return min(max(ttl_ms, 0), TTL_MS_MAX).to_bytes(4, "big")
+
+
+def patch_header(body: bytes, *, ttl_ms: int | None = None, failures: int = 0) -> bytes:
+    """The same message with this ttl, and with `failures` added to its delivery-count (part 3.2.1).
+
+    All other bytes stay as they were. Raises MessageError.
+    """
     try:
         end = len(body)
         code, o = _section(body, 0, end)
-        if code != HEADER:
-            return b"\x00\x53\x70\xc0\x08\x03\x40\x40\x70" + ttl + body
-        fields, rest = _value(body, o, end)
+        fields, rest = _value(body, o, end) if code == HEADER else ([], 0)
         if not isinstance(fields, list) or len(fields) > 5:
             raise MessageError("the header is not a list")
         fields += [None] * (5 - len(fields))
-        durable, priority, _, first, count = fields
+        durable, priority, old_ttl_ms, first, count = fields
+        if ttl_ms is None:
+            ttl_ms = old_ttl_ms
+        if failures:
+            count = min((count or 0) + failures, 0xFFFFFFFF)
         items = [
             _any(durable),
             b"\x40" if priority is None else b"\x50" + bytes([priority]),
-            b"\x70" + ttl,
+            b"\x40" if ttl_ms is None else b"\x70" + _ttl(ttl_ms),
             _any(first),
             b"\x40" if count is None else b"\x70" + count.to_bytes(4, "big"),
         ]
@@ -766,3 +841,72 @@ def _merged(b: bytes, o: int, end: int, annotations: Mapping[str, Any], added: b
     if at != stop or count % 2:
         raise MessageError("the message annotations are not a map")
     return b"\x00\x53\x72" + _compound(0xC1, 0xD1, 2 * pairs, b"".join(kept))
+
+
+class Stamp:
+    """Gives an app's messages their identity at intake: an annotation, all other sections byte for byte as they came.
+
+    `duplicate_property`: an application property that carries the same string where the app has not set it itself;
+    for hubs that look for duplicates there and nowhere else.
+    """
+
+    __slots__ = ("_duplicate_property", "_mid", "_section")
+
+    def __init__(
+        self, gateway: str, epoch: int | str, stream: int | str, *, duplicate_property: str | None = None
+    ) -> None:
+        self._mid = f"{gateway}:{epoch}:{stream}:"
+        self._duplicate_property = duplicate_property
+        pair = _sym(ANNOTATION_ID) + _str(self._mid + "\0" * 12)
+        head, tail = (b"\x00\x53\x72" + _compound(0xC1, 0xD1, 2, pair)).split(b"\0" * 12, 1)
+        assert not tail
+        self._section = head.replace(b"%", b"%%") + b"%012x"
+
+    def encode(self, seq: int, body: bytes) -> bytes:
+        """The message with the identity of this seq. Raises MessageError."""
+        if self._duplicate_property is not None:
+            body = _with_property(body, self._duplicate_property, f"{self._mid}{seq:012x}")
+        # The usual message has no annotations and at most a short header, and needs no looking at beyond that.
+        at = _short_header(body)
+        if body[at : at + 3] in _AFTER_ANNOTATIONS:
+            return b"%b%b%b" % (body[:at], self._section % seq, body[at:])
+        return annotate(body, {ANNOTATION_ID: f"{self._mid}{seq:012x}"})
+
+
+def _short_header(body: bytes) -> int:
+    """Where a header in one of its two usual encodings ends; 0 for another one, or none."""
+    if body[:4] == b"\x00\x53\x70\xc0" and len(body) > 4:
+        return 5 + body[4]
+    return 4 if body[:4] == b"\x00\x53\x70\x45" else 0
+
+
+_AFTER_ANNOTATIONS = frozenset(b"\x00\x53%c" % code for code in range(PROPERTIES, FOOTER + 1))
+
+
+def _with_property(body: bytes, name: str, value: str) -> bytes:
+    """The message with one more application property; as it is where it has one of that name. Raises MessageError."""
+    pair = _str(name) + _str(value)
+    try:
+        o, end = 0, len(body)
+        while o < end:
+            start = o
+            code, o = _section(body, o, end)
+            if code > APPLICATION_PROPERTIES:
+                o = start
+                break
+            rest = _skip(body, o, end)
+            if code == APPLICATION_PROPERTIES:
+                constructor = body[o]
+                if constructor not in (0xC1, 0xD1):
+                    raise MessageError("the application properties are not a map")
+                if name in _map(body, o, end)[0]:
+                    return body
+                count, first, stop = _bounds(constructor, body, o + 1, end)
+                section = b"\x00\x53\x74" + _compound(0xC1, 0xD1, count + 2, body[first:stop] + pair)
+                return body[:start] + section + body[rest:]
+            o = rest
+    except (IndexError, struct.error) as short:
+        raise MessageError("truncated") from short
+    except UnicodeError as bad:
+        raise MessageError("a string is not UTF-8") from bad
+    return body[:o] + b"\x00\x53\x74" + _compound(0xC1, 0xD1, 2, pair) + body[o:]

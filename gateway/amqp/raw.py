@@ -283,6 +283,10 @@ def _outcome(state: int, seq: int, delivery: Pointer) -> Settlement:
     return state, seq, 1, condition, description, failed, undeliverable
 
 
+def settled(delivery: Pointer) -> bool:
+    return bool(lib.pn_delivery_settled(delivery))
+
+
 def settle(delivery: Pointer) -> None:
     lib.pn_delivery_settle(delivery)
 

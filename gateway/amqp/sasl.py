@@ -19,6 +19,8 @@ HEADER_BYTES = 8
 
 # The standard allows 512 (MIN-MAX-FRAME-SIZE); some hubs list long mechanism arrays, so a little more.
 SASL_FRAME_BYTES_MAX = 4096
+# What a peer may send ahead while its password is being checked.
+AHEAD_BYTES_MAX = 64 << 10
 MECHANISMS_MAX = 64
 FIELDS_MAX = 16
 
@@ -167,6 +169,7 @@ class _Sasl:
         self.identity: str | None = None
         self.mechanism: str | None = None
         self.error: SaslError | None = None
+        self.waiting = False
         self._buffer = bytearray()
         self._header_seen = False
 
@@ -181,6 +184,11 @@ class _Sasl:
         if self.done or self.error is not None:
             return
         self._buffer += data
+        if self.waiting:
+            if len(self._buffer) > AHEAD_BYTES_MAX:
+                self.error = SaslError("the peer goes on without waiting for the outcome")
+                self._buffer.clear()
+            return
         try:
             if not self._header_seen and not self._recv_header():
                 return
@@ -217,7 +225,7 @@ class _Sasl:
 
     def _frames(self) -> Iterator[tuple[int, list[_Field]]]:
         buffer = self._buffer
-        while not self.done and len(buffer) >= 4:
+        while not self.done and not self.waiting and len(buffer) >= 4:
             size = int.from_bytes(buffer[:4], "big")
             if not 8 <= size <= SASL_FRAME_BYTES_MAX:
                 raise SaslError(f"sasl frame of {size} bytes")
@@ -296,12 +304,13 @@ class SaslServer(_Sasl):
 
     mechanisms: what to offer; EXTERNAL is offered only with an `external` identity (from a verified certificate),
     PLAIN only with `verify`. A peer without any SASL layer is taken as ANONYMOUS if that is offered, else refused.
+    `verify(user, password)` may answer None, "not yet": then `waiting` is true, and `answer()` has to follow.
     """
 
     def __init__(
         self,
         mechanisms: Sequence[str],
-        verify: Callable[[str, str], bool] | None = None,
+        verify: Callable[[str, str], bool | None] | None = None,
         external: str | None = None,
     ) -> None:
         super().__init__()
@@ -311,6 +320,7 @@ class SaslServer(_Sasl):
         self._external = external
         able = {"EXTERNAL": external is not None, "PLAIN": verify is not None, "ANONYMOUS": True}
         self._offered = tuple(name for name in mechanisms if able[name])
+        self._claimed = ""
 
     def _header_done(self) -> None:
         symbols = b"".join(_symbol(name)[1:] for name in self._offered)
@@ -339,14 +349,32 @@ class SaslServer(_Sasl):
             raise SaslError("sasl init without a mechanism")
         name = raw.decode("ascii", "replace")
         granted, identity = self._check(name, response or b"")
+        if granted is None:
+            self.waiting, self._claimed = True, identity or ""
+        else:
+            self._decide(name, granted, identity)
+
+    def _decide(self, name: str, granted: bool, identity: str | None, refusal: Outcome = Outcome.AUTH) -> None:
         if not granted:
-            self.outbox += _frame(_Code.OUTCOME, bytes([0x50, Outcome.AUTH]))
+            self.outbox += _frame(_Code.OUTCOME, bytes([0x50, refusal]))
             raise SaslError(f"sasl {name[:32]} refused", auth=True)
         self.mechanism, self.identity = name, identity
         self.outbox += _frame(_Code.OUTCOME, bytes([0x50, Outcome.OK]))
         self.done = True
 
-    def _check(self, name: str, response: bytes) -> tuple[bool, str | None]:
+    def answer(self, granted: bool, refusal: Outcome = Outcome.AUTH) -> None:
+        """Whether the password was right that `verify` could not judge at once."""
+        assert self.waiting
+        self.waiting = False
+        try:
+            self._decide("PLAIN", granted, self._claimed, refusal)
+        except SaslError as error:
+            self.error = error
+            self._buffer.clear()
+            return
+        self._finish()
+
+    def _check(self, name: str, response: bytes) -> tuple[bool | None, str | None]:
         if name not in self._offered:
             return False, None
         if name == "ANONYMOUS":
@@ -357,12 +385,13 @@ class SaslServer(_Sasl):
             return own, self._external if own else None
         return self._check_plain(response)
 
-    def _check_plain(self, response: bytes) -> tuple[bool, str | None]:
+    def _check_plain(self, response: bytes) -> tuple[bool | None, str | None]:
         try:
             authzid, user, password = response.decode("utf-8").split("\0")
         except ValueError:  # not three parts, or not UTF-8
             return False, None
         assert self._verify is not None
-        if not user or authzid not in ("", user) or not self._verify(user, password):
+        if not user or authzid not in ("", user):
             return False, None
-        return True, user
+        granted = self._verify(user, password)
+        return granted, None if granted is False else user

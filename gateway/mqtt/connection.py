@@ -323,6 +323,8 @@ class ServerConnection:
         self._in_flight: dict[int, Awaits] = {}
         self._aliases_set: dict[str, int] = {}  # by us, the least lately used first
         self._alias_send_max = 0
+        self.unlimited = True  # the client takes packets of any size
+        self.plain = True  # and no topic aliases: `publish_encoded` may be used
         self._taken: set[int] = set()  # packet ids of messages that an earlier connection began to send
         self._next_id = 1
         self._window = limits.send_window_max
@@ -481,6 +483,8 @@ class ServerConnection:
         try:
             connect = decode_body(data[0], body, V3)
             assert isinstance(connect, Connect)
+            if connect.properties.maximum_packet_size is not None:
+                self._send_max_bytes = connect.properties.maximum_packet_size  # a refusal keeps to it, too
             self._check_connect(connect)
         except MqttError as error:
             self._write_refusal(error, level)
@@ -513,9 +517,9 @@ class ServerConnection:
             self.keep_alive_s = limits.keep_alive_max_s
         self._intake_room = self._intake_room_max = limits.receive_maximum
         self._window = min(limits.send_window_max, connect.properties.receive_maximum or PACKET_IDS_MAX)
-        if connect.properties.maximum_packet_size is not None:
-            self._send_max_bytes = connect.properties.maximum_packet_size
         self._alias_send_max = min(limits.topic_alias_send_max, connect.properties.topic_alias_maximum or 0)
+        self.unlimited = self._send_max_bytes > REMAINING_LENGTH_MAX
+        self.plain = self.unlimited and not self._alias_send_max
 
     def accept(
         self,
@@ -528,7 +532,8 @@ class ServerConnection:
         """Queue a CONNACK of success, and return the events of what was held behind CONNECT.
 
         `assigned_client_id` is required where the client sent none; `session_expiry_s` only where it differs from
-        what the client asked (MQTT 5.0 §3.2.2.3.2). Nothing happens if the client is gone meanwhile.
+        what the client asked (MQTT 5.0 §3.2.2.3.2). Nothing happens if the client is gone meanwhile. A client that
+        takes no packet as large as its CONNACK is refused instead, and then `closing`.
         """
         if self.state is State.CLOSED:
             return []
@@ -536,8 +541,6 @@ class ServerConnection:
         assert connect is not None, "accept before CONNECT"
         assert connect.client_id or assigned_client_id, "a client without an identifier is given one"
         assert not (session_present and connect.clean_start), "a clean start has no session"  # MQTT-3.2.2-2
-        self._enter(Cause.ACCEPT)
-        self.client_id = assigned_client_id or connect.client_id
         limits = self.limits
         properties = ConnackProperties(
             session_expiry_interval=session_expiry_s,
@@ -553,7 +556,13 @@ class ServerConnection:
             server_keep_alive=self.keep_alive_s if self.keep_alive_s != connect.keep_alive else None,
             response_information=response_information,
         )
-        self._out.append(encode(Connack(session_present, 0, properties), self.version))
+        worded = encode(Connack(session_present, 0, properties), self.version)
+        if len(worded) > self._send_max_bytes:  # MQTT-3.1.2-24
+            self.refuse(Reason.PACKET_TOO_LARGE, "the client takes no CONNACK of this size")
+            return []
+        self._enter(Cause.ACCEPT)
+        self.client_id = assigned_client_id or connect.client_id
+        self._out.append(worded)
         held = bytes(self._buffer)
         self._buffer.clear()
         return self._process(held) if held else []
@@ -583,7 +592,8 @@ class ServerConnection:
         worded = encode(Connack(False, reason, ConnackProperties(reason_string=text or None)), V5)
         if len(worded) > self._send_max_bytes:
             worded = encode(Connack(False, reason), V5)
-        self._out.append(worded)
+        if len(worded) <= self._send_max_bytes:
+            self._out.append(worded)
 
     # --------------------------------------------------------------------------------------- packets
     def _take_packets(self, data: bytes, events: list[Event]) -> int:
@@ -762,6 +772,8 @@ class ServerConnection:
             return  # said twice: the release is on its way
         self._check_answer(awaits, Awaits.PUBREC, "PUBREC")
         if awaits is None:
+            if number in self._taken:
+                return  # of an earlier connection, and early: the message will be sent again, and answered again
             if reason < 0x80:
                 self._out.append(encode(Pubrel(number, Reason.PACKET_IDENTIFIER_NOT_FOUND), self.version))
             return
@@ -931,7 +943,10 @@ class ServerConnection:
             else:
                 section = properties if isinstance(properties, bytes) else encode_properties(properties)
             if self._alias_send_max:
-                name, section, alias = self._shorten(topic, name, section)
+                short = self._shorten(topic, name, section)
+                # An alias that is set makes the packet larger: not beyond what the client takes.
+                if self.fits(len(short[0]) + (2 if qos else 0) + len(short[1]) + len(payload)):
+                    name, section, alias = short
         size = len(name) + (2 if qos else 0) + len(section) + len(payload)
         header = bytes((0x30 | dup << 3 | qos << 1 | retain,)) + encode_varint(size)
         if len(header) + size > self._send_max_bytes:
@@ -944,7 +959,7 @@ class ServerConnection:
                 return None
             number = taken
         if alias:
-            self._aliases_set[topic] = alias
+            self._alias_used(topic, alias)
         self._out += (header, name, number.to_bytes(2, "big") if qos else b"", section, payload)
         return number
 
@@ -953,7 +968,7 @@ class ServerConnection:
 
         HOT: tests/bench, fan-out. The owner has looked whether it `fits` and whether aliases are in use.
         """
-        if self.state is not State.OPEN:
+        if self.state is not _OPEN:
             return None
         if not qos:
             self._out += (head, tail)
@@ -966,24 +981,17 @@ class ServerConnection:
             number = self._allocate()
         else:
             self._next_id = number % PACKET_IDS_MAX + 1
-        in_flight[number] = Awaits.PUBREC if qos == 2 else Awaits.PUBACK
+        in_flight[number] = _PUBREC if qos == 2 else _PUBACK
         self._out += (head, number.to_bytes(2, "big"), tail)
         return number
 
-    @property
-    def plain(self) -> bool:
-        """Whether `publish_encoded` may be used: the client takes no topic aliases and any size."""
-        return not self._alias_send_max and self.unlimited
-
-    @property
-    def unlimited(self) -> bool:
-        """Whether the client takes packets of any size."""
-        return self._send_max_bytes > REMAINING_LENGTH_MAX
-
     def _shorten(self, topic: str, name: bytes, section: bytes) -> tuple[bytes, bytes, int]:
-        """Topic and properties with an alias (MQTT 5.0 §3.3.2.3.4), and the alias to remember, 0 for none."""
+        """Topic and properties with an alias (MQTT 5.0 §3.3.2.3.4), and the alias to remember, 0 for none.
+
+        Nothing changes yet: the message may still turn out not to be sent.
+        """
         aliases = self._aliases_set
-        alias = aliases.pop(topic, 0)
+        alias = aliases.get(topic, 0)
         if alias:
             name = b"\0\0"
         elif len(topic) < ALIAS_TOPIC_MIN:
@@ -991,9 +999,16 @@ class ServerConnection:
         elif len(aliases) < self._alias_send_max:
             alias = len(aliases) + 1
         else:
-            alias = aliases.pop(next(iter(aliases)))
+            alias = aliases[next(iter(aliases))]
         size, at = _varint_at(section)
         return name, encode_varint(size + 3) + section[at:] + b"\x23" + alias.to_bytes(2, "big"), alias
+
+    def _alias_used(self, topic: str, alias: int) -> None:
+        """The client knows `alias` as `topic` now; whatever it stood for before is forgotten."""
+        aliases = self._aliases_set
+        if aliases.pop(topic, 0) != alias and len(aliases) >= self._alias_send_max:
+            aliases.pop(next(iter(aliases)))
+        aliases[topic] = alias
 
     def _allocate(self) -> int:
         number = self._next_id
@@ -1041,6 +1056,10 @@ class ServerConnection:
         if len(worded) > self._send_max_bytes:  # MQTT-3.14.2-3
             worded = encode(Disconnect(reason), V5)
         self._out.append(worded)
+
+
+# Looking a member up in its enumeration costs more than all else that `publish_encoded` does with it.
+_OPEN, _PUBACK, _PUBREC = State.OPEN, Awaits.PUBACK, Awaits.PUBREC
 
 
 class _Gathered:

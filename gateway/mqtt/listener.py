@@ -36,12 +36,12 @@ from gateway.mqtt.connection import (
 )
 from gateway.mqtt.connection import Message as Published
 from gateway.mqtt.delivery import Delivery
-from gateway.mqtt.topics import filter_matches
+from gateway.mqtt.topics import check_filter, filter_matches
 from gateway.sessions import Session
 from security.identity import CertificateIdentity, certificate_identity
 from security.rules import Action
 from storeforward.errors import JournalFull
-from storeforward.journal import PENDING_BYTES_MAX, Journal
+from storeforward.journal import Journal
 
 log = logging.getLogger("lineside.mqtt")
 
@@ -52,7 +52,6 @@ _CONNACK = {
 }
 SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 RESPONSE_PREFIX = "response/"
-ALIAS_BYTES = 6  # that a topic alias may add to a packet
 HOLD_RETRY_S = 0.2
 CLOSE_WAIT_S = 2.0
 WRITE_BUFFER_BYTES = 256 << 10
@@ -64,14 +63,29 @@ class Kick(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What a batch's messages are answered in their turn (MQTT 5.0 §4.6): PUBREC, or a PUBACK that refuses."""
+    """What a batch's messages are answered in their turn (MQTT 5.0 §4.6): PUBREC, or a PUBACK that refuses.
+
+    `session`: whose ids of QoS 2 these are, where they were taken. `repeat`: of a message that was staged before, with
+    an earlier batch, and whose fate is that batch's.
+    """
 
     packet_ids: list[bytes]
     qos: int
     reason: int = 0
+    session: Session | None = None
+    repeat: bool = False
 
     def give(self, conn: ServerConnection) -> None:
-        (conn.pubrec if self.qos == 2 else conn.puback)(self.packet_ids, self.reason)
+        reason = self.reason
+        if self.repeat and self.session is not None and not self.session.has_in(self.packet_ids):
+            reason = Reason.QUOTA_EXCEEDED  # the commit of the first one failed
+        (conn.pubrec if self.qos == 2 else conn.puback)(self.packet_ids, reason)
+
+    def take_back(self) -> None:
+        """The ids were taken with a batch that failed, even if their client is gone meanwhile."""
+        if self.session is not None and self.qos == 2 and not self.reason:
+            for packet_id in self.packet_ids:
+                self.session.take_back(int.from_bytes(packet_id, "big"))
 
 
 class MqttListener:
@@ -197,20 +211,30 @@ class Client(asyncio.Protocol):
 
     @property
     def congested(self) -> bool:
-        return self._congested or self._transport is None or self._conn.closing
+        # Before its CONNACK a client is sent nothing, so nothing may count as sent.
+        conn = self._conn
+        return self._congested or self._transport is None or conn.closing or conn.awaiting_verdict
 
-    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool:
+    def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool:
         conn = self._conn
         if conn.unlimited:
             return True
-        section = len(delivery.section(identifiers, 0)) + ALIAS_BYTES if conn.version == V5 else 0
-        return conn.fits(4 + len(delivery.topic.encode()) + section + len(delivery.payload))
+        section = len(delivery.section(identifiers, 0)) if conn.version == V5 else 0
+        return conn.fits(2 + len(delivery.topic.encode()) + (2 if qos else 0) + section + len(delivery.payload))
 
     def in_use(self, packet_ids: Iterable[int]) -> None:
         self._conn.in_use(packet_ids)
 
     def reserve(self, qos: int, packet_id: int | None = None) -> int | None:
         return self._conn.reserve(qos, packet_id)
+
+    def come_back(self) -> None:
+        """There is more to read for the session; other clients have their turn first."""
+        self._loop.call_soon(self._pump_on)
+
+    def _pump_on(self) -> None:
+        if self._session is not None:
+            self._broker.pump(self._session)
 
     def pubrel(self, packet_ids: Iterable[int]) -> None:
         self._conn.pubrel(packet_ids)
@@ -257,33 +281,41 @@ class Client(asyncio.Protocol):
 
         What does not speak of messages (sessions, subscriptions, releases) is staged again, and goes on waiting.
         """
+        answers: list[_Answer] = []
         for token in tokens:
             if type(token) is list:
-                token = _Answer(token, 1, Reason.QUOTA_EXCEEDED)
-            if type(token) is not _Answer:
+                answers.append(_Answer(token, 1))
+            elif type(token) is _Answer and not token.repeat:
+                token.take_back()
+                answers.append(token)
+            else:
                 self._journal.wait(self, token)
-                continue
-            if token.qos == 2 and self._session is not None and not token.reason:
-                for packet_id in token.packet_ids:
-                    self._session.take_back(int.from_bytes(packet_id, "big"))
-            if self._conn.version != V5:
-                log.warning("client dropped: its messages could not be stored", extra=self._who(error=error.reason))
-                self._abort()
-                return
-            replace(token, reason=token.reason or Reason.QUOTA_EXCEEDED).give(self._conn)
+        if answers and self._conn.version != V5:
+            log.warning("client dropped: its messages could not be stored", extra=self._who(error=error.reason))
+            self._abort()
+            return
+        for answer in answers:
+            replace(answer, reason=answer.reason or Reason.QUOTA_EXCEEDED).give(self._conn)
         self.flush()
 
     # ------------------------------------------------------------------ events
 
     def _take(self, events: list[Event]) -> None:
+        answered = False
         for event in events:
             if type(event) is Publishes:
                 self._published(event.messages)
             elif type(event) is Acked:
                 self._acked(event.packet_ids, event.refused)
+                answered = True
             else:
+                answered = answered or type(event) in (Received, Completed)
                 self._control(event)
-        if events:
+        # Not before all answers are dealt with: the connection holds their packet ids for free already, and a new
+        # message under one of them would be taken for the one that the next event answers.
+        if answered and self._session is not None:
+            self._broker.answered(self._session)
+        if self._journal.pending:
             self._listener.committer.kick()
         self.flush()
 
@@ -296,7 +328,7 @@ class Client(asyncio.Protocol):
         done = self._append(messages)
         if done < len(messages):
             self._hold(messages[done:])
-        if self._journal.pending.size_bytes > PENDING_BYTES_MAX:
+        if self._journal.pending.size_bytes > self._journal.space.pending_bytes:
             self._pause()
             self._journal.wait(self, self._resume)
 
@@ -355,7 +387,7 @@ class Client(asyncio.Protocol):
             return True  # taken over meanwhile: the client sends it again
         number = int.from_bytes(packet_id, "big")
         if qos == 2 and number in session.incoming:
-            self._answer(acknowledged, [packet_id], 2)  # sent again, stored before (§4.3.3)
+            self._answer(acknowledged, [packet_id], 2, session=session, repeat=True)  # §4.3.3
             return True
         refusal = self._refusal(topic, payload, properties)
         if refusal is not None:
@@ -373,17 +405,26 @@ class Client(asyncio.Protocol):
             return True
         if qos == 2:
             session.take_in(number)
-            self._answer(acknowledged, [packet_id], 2)
+            self._answer(acknowledged, [packet_id], 2, session=session)
         elif qos:
             acknowledged.append(packet_id)
         return True
 
-    def _answer(self, before: list[bytes], packet_ids: list[bytes], qos: int, reason: int = 0) -> None:
+    def _answer(
+        self,
+        before: list[bytes],
+        packet_ids: list[bytes],
+        qos: int,
+        reason: int = 0,
+        *,
+        session: Session | None = None,
+        repeat: bool = False,
+    ) -> None:
         """Have these answered after the commit, behind what came before them."""
         if before:
             self._journal.wait(self, before.copy())
             before.clear()
-        self._journal.wait(self, _Answer(packet_ids, qos, reason))
+        self._journal.wait(self, _Answer(packet_ids, qos, reason, session, repeat))
 
     def _refusal(self, topic: str, payload: bytes, properties: PublishProperties | None) -> Reason | None:
         if topic.startswith("$SYS/"):
@@ -475,7 +516,6 @@ class Client(asyncio.Protocol):
         for packet_id, reason in refused:
             self._journal.lose(session.cursor_name, packet_id, "refused-by-client", 0, f"reason 0x{reason:02x}")
         session.acked(packet_ids)
-        self._broker.answered(session)
 
     def _released(self, packet_ids: list[int]) -> None:
         """PUBRELs: the ids are free again once that is on disk, and only then are they answered."""
@@ -509,6 +549,11 @@ class Client(asyncio.Protocol):
             case Unsubscribed(packet):
                 assert self._session is not None
                 codes = self._broker.unsubscribe(self._session, packet.filters)
+                if self._conn.version == V5:
+                    codes = [
+                        Reason.TOPIC_FILTER_INVALID if _ill_formed(filter_) else code
+                        for filter_, code in zip(packet.filters, codes, strict=True)
+                    ]
                 self._journal.wait(self, lambda: self._conn.unsuback(packet, codes))
             case Disconnected(packet, clean, reason):
                 log.info("client left", extra=self._who(clean=clean, reason=reason))
@@ -570,7 +615,9 @@ class Client(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._set_timer()
-        if not self._conn.closing:  # what was held may end with DISCONNECT
+        if self._conn.closing and not held:
+            self._leave(clean=True)  # refused after all: it never was connected, so its will means nothing
+        elif not self._conn.closing:  # what was held may end with DISCONNECT
             self._broker.attach(session, self)
         self._take(held)
         self._resume()
@@ -623,7 +670,7 @@ class Client(asyncio.Protocol):
         for topic, value in figures:
             if not self.congested and any(filter_matches(f, topic) for f in filters):
                 delivery = Delivery(topic, value, 0, True, None, None, None)
-                if self.takes(delivery, ()):
+                if self.takes(delivery, 0, ()):
                     self.deliver(delivery, 0, retain, ())
         self.flush()
 
@@ -691,6 +738,8 @@ class Client(asyncio.Protocol):
             self._log_forbidden(Action.SUBSCRIBE, filter_, session=True)
 
     def _subscription_refusal(self, filter: str) -> Reason | None:
+        if self._conn.version == V5 and _ill_formed(filter):
+            return Reason.TOPIC_FILTER_INVALID
         if self._permit is not None and not self._permit.subscribe(filter):
             self._log_forbidden(Action.SUBSCRIBE, filter)
             return Reason.NOT_AUTHORIZED  # 0x80 on 3.1.1
@@ -787,13 +836,22 @@ class Client(asyncio.Protocol):
         }
 
 
+def _ill_formed(filter: str) -> bool:
+    """Of a 5.0 client: one of 3.1.1 was closed already for such a filter."""
+    try:
+        check_filter(filter)
+    except ValueError:
+        return True
+    return False
+
+
 def _run_of(messages: list[Published], at: int) -> list[Published]:
-    """The messages from `at` on that differ in nothing but packet id and payload, and have no properties."""
+    """The messages from `at` on that differ in nothing but packet id and payload: no properties, not retained."""
     topic, qos = messages[at][0], messages[at][1]
     end, count = at + 1, len(messages)
     while end < count:  # HOT: tests/bench, intake
         message = messages[end]
-        if message[0] is not topic or message[6] is not None or message[1] != qos:
+        if message[0] is not topic or message[6] is not None or message[1] != qos or message[2]:
             break
         end += 1
     return messages if end - at == count else messages[at:end]

@@ -10,10 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.amqp.message import ANNOTATION_REQUEST, Message, MessageId, Template, message_id, user_properties
+from gateway.amqp.addresses import reply_topic
+from gateway.amqp.message import (
+    ANNOTATION_REQUEST,
+    Message,
+    Template,
+    answer_to,
+    correlation_id,
+    message_id,
+    user_properties,
+)
 from gateway.mqtt.codec import TEXT_MAX_BYTES, PublishProperties
 from gateway.mqtt.topics import check_topic
-from gateway.replies import annotation, as_kind
+from gateway.replies import annotation
 from gateway.routing import DUPLICATE_PROPERTY, Route
 from storeforward.journal import Journal
 
@@ -107,11 +116,6 @@ def template_with(
         notes[ANNOTATION_PAYLOAD_FORMAT] = p.payload_format_indicator
     if p.content_type is not None and (not p.content_type or not p.content_type.isascii()):
         notes[ANNOTATION_CONTENT_TYPE] = p.content_type
-    correlation: MessageId = p.correlation_data
-    if answer is not None:
-        correlation = answer[1]
-    elif route.answer_kind is not None:
-        correlation = as_kind(route.answer_kind, p.correlation_data)
     gateway, epoch = identity
     template = Template(
         gateway,
@@ -122,7 +126,7 @@ def template_with(
         None if ttl_us is None else min(ttl_us // 1000, TTL_MS_MAX),
         content_type=p.content_type,
         reply_to=p.response_topic if answer is None else answer[0],
-        correlation_id=correlation,
+        correlation_id=correlation_id(p.correlation_data) if answer is None else answer[1],
         user_properties=p.user_property,
         annotations=notes,
         duplicate_property=route.duplicate_property,
@@ -138,12 +142,8 @@ def to_mqtt(message: Message, gateway: str | None = None) -> PublishProperties |
     U+0000 (MQTT-1.5.4-2), and addresses that are no topics (MQTT-3.3.2-14).
     """
     pairs = [_pair(*pair) for pair in user_properties(message) if pair[0] not in _OURS]
-    correlation = message.correlation_id
-    if isinstance(correlation, str):
-        correlation = correlation.encode()
-    if not isinstance(correlation, bytes):
-        correlation = None if correlation is None else str(correlation).encode()
-    response_topic = message.reply_to
+    correlation = answer_to(message)
+    response_topic = reply_topic(message.reply_to)
     notes = message.annotations
     match notes.get(ANNOTATION_REQUEST):
         case [str(home), str() | None as response_topic_here, bytes() | None as correlation_here] if home == gateway:

@@ -485,6 +485,8 @@ class _Attempt:
                 )
         except ssl.SSLCertVerificationError as error:
             self._end(f"the hub's certificate: {error.verify_message}", Failure.AUTHENTICATION)
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+            self._end(f"TLS: the connection ended in the handshake: {error.reason or error}", Failure.UNREACHABLE)
         except ssl.SSLError as error:
             self._end(f"TLS: {error.reason or error}", Failure.HANDSHAKE)
         except TimeoutError:
@@ -533,9 +535,11 @@ class _Attempt:
             self.owner.on_events(events)
 
     def on_lost(self, error: Exception | None) -> None:
+        # Closed before it said a word, that was not the hub but something on the way to it (a proxy, a carrier's NAT).
+        heard = self.protocol is not None and self.protocol.heard
         text, failure = self._reason or (
             f"the connection ended: {error}" if error else "the hub ended the connection",
-            Failure.HANDSHAKE,
+            Failure.HANDSHAKE if heard else Failure.UNREACHABLE,
         )
         self._end(text, failure)
 

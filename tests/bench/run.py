@@ -5,6 +5,8 @@ intake   QoS 1 messages a second into the daemon, acknowledged after fsync, and 
 drain    messages a second out of the daemon's journal to our own AMQP receiver over mutual TLS, from the first batch
          to the last message; the journal is filled while the receiver is not there.
 memory   resident bytes of the daemon with a million messages queued, again after a restart, and how long opening took.
+fanout   1,000 connected subscribers, 50 messages a second to all of them at QoS 1: latency from publish to delivery,
+         memory at the start and at the end; Mosquitto in the same run. `--seconds 300` for the long one.
 resume   seconds from a line's return to the next message settled at the far end, over many short tunnels.
 
 The daemon is the real one, `python -m gateway run`, in its own process, with the defaults of its configuration except
@@ -51,6 +53,7 @@ state_dir = "{state}"
 log_level = "warning"
 [mqtt]
 listen = ["127.0.0.1:{mqtt}"]
+clients_max = {clients}
 [[hub]]
 name = "depot"
 urls = ["amqps://127.0.0.1:{hub}"]
@@ -75,14 +78,17 @@ class Daemon(parts.Part):
 
     name = "lineside"
 
-    def __init__(self, pki: Pki, hub_port: int, directory: Path | None = None) -> None:
+    def __init__(self, pki: Pki, hub_port: int, directory: Path | None = None, clients: int = 1000) -> None:
         super().__init__(directory)
+        self._clients = clients
         self.port = parts.free_port()
         self._hub_port = hub_port
         self._pki = pki
 
     def configure(self) -> None:
-        text = CONFIG.format(state=self.state_dir, mqtt=self.port, hub=self._hub_port, pki=self._pki)
+        text = CONFIG.format(
+            state=self.state_dir, mqtt=self.port, hub=self._hub_port, pki=self._pki, clients=self._clients
+        )
         (self.directory / "lineside.toml").write_text(text)
 
     def command(self) -> list[str]:
@@ -277,6 +283,37 @@ def memory(directory: Path, *, messages: int = 1_000_000) -> dict[str, Any]:
     }
 
 
+# ------------------------------------------------------------------ fan-out
+
+
+def fanout(
+    directory: Path, *, seconds: float = 10.0, sessions: int = 1000, version: int = 5, rival: bool = True
+) -> dict[str, Any]:
+    """Everything to everybody: durable sessions here, clean ones at Mosquitto, which keeps neither on the disk."""
+    want = ["--seconds", str(seconds), "--sessions", str(sessions), "--version", str(version)]
+    with Daemon(Pki(directory / "pki"), parts.free_port(), directory / "fanout", 2 * sessions) as daemon:
+        warm = _fan(daemon.port, [*want, "--seconds", "2", "--durable"])
+        before = daemon.memory_bytes()
+        ours = _fan(daemon.port, [*want, "--durable"])
+        after = daemon.memory_bytes()
+    report: dict[str, Any] = {"sessions": sessions, "mqtt": "5.0" if version == 5 else "3.1.1"}
+    report |= {f"lineside_{key}": value for key, value in ours.items()}
+    report |= {"lineside_rss_bytes_before": before, "lineside_rss_bytes_after": after, "warm_p99_ms": warm["p99_ms"]}
+    if rival and parts.available("mosquitto") is None:
+        with parts.Mosquitto(MOSQUITTO, directory=directory / "mosquitto") as broker:
+            report |= {f"mosquitto_{key}": value for key, value in _fan(broker.port, want).items()}
+    return report
+
+
+def _fan(port: int, options: list[str]) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.bench.fanout", str(port), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode:
+        raise load.LoadError(done.stderr.strip().rsplit("\n", 1)[-1])
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
 # ------------------------------------------------------------------ resume
 
 
@@ -389,6 +426,7 @@ MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "intake": intake,
     "drain": drain,
     "memory": memory,
+    "fanout": fanout,
     "resume": resume,
 }
 
@@ -399,6 +437,7 @@ def main() -> None:
     )
     parser.add_argument("measure", nargs="*", help="which ones (default: all)", metavar="NAME")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--seconds", type=float, help="of the fan-out")
     parser.add_argument("--directory", type=Path, help="measure on the file system of this directory")
     arguments = parser.parse_args()
     unknown = set(arguments.measure) - set(MEASURES)
@@ -407,7 +446,10 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     for name in arguments.measure or MEASURES:
         with tempfile.TemporaryDirectory(prefix="lineside-bench-", dir=arguments.directory) as directory:
-            results[name] = MEASURES[name](Path(directory))
+            if name == "fanout" and arguments.seconds is not None:
+                results[name] = fanout(Path(directory), seconds=arguments.seconds)
+            else:
+                results[name] = MEASURES[name](Path(directory))
         if not arguments.json:
             print(name)
             for key, value in results[name].items():

@@ -10,6 +10,7 @@ from typing import TypeVar
 import pytest
 
 from gateway.amqp import engine as amqp
+from gateway.amqp import raw
 from gateway.amqp.engine import (
     Authenticated,
     Credit,
@@ -655,3 +656,63 @@ def test_the_address_may_be_missing_but_the_terminus_not() -> None:
     [attached] = pair.events(pair.server, LinkAttached)
     assert attached.target is not None
     assert attached.target.address is None
+
+
+def test_the_end_of_a_session_leaves_its_termini_and_a_close_does_not() -> None:
+    for end, detached in ((lambda link: link.session.close(), True), (lambda link: link.close(), False)):
+        pair = Pair()
+        _, receiver = pair.link_to_server()
+        end(receiver)
+        pair.run()
+        [closed] = pair.events(pair.client, LinkClosed)
+        assert closed.detached is detached
+
+
+def test_a_detach_carries_its_condition() -> None:
+    pair = Pair()
+    _, receiver = pair.link_to_server()
+    receiver.close("amqp:link:stolen", "by another", detach=True)
+    pair.run()
+    [closed] = pair.events(pair.client, LinkClosed)
+    assert (closed.condition, closed.description, closed.detached) == ("amqp:link:stolen", "by another", True)
+
+
+def test_messages_without_an_end_are_bounded_for_all_links_together() -> None:
+    server = Engine(server=True, container="depot", partial_bytes_max=3000)
+    pair = Pair(server=server)
+    sender, _ = pair.link_to_server()
+    others = [pair.client.sender(sender.session, f"other-{n}", Terminus("edge")) for n in range(2)]
+    pair.run()
+    for event in pair.events(pair.server, LinkAttached):
+        event.link.confirm()
+        assert isinstance(event.link, Receiver)
+        event.link.topup(10)
+    pair.run()
+    for n, each in enumerate((sender, *others)):
+        raw.send_begin(each._pointer, 1)
+        raw.send_chunk(each._pointer, bytes(1400), 0, 1400)
+        pair.run()
+        failed = pair.events(pair.server, Failed)
+        assert bool(failed) is (n == 2)
+    assert failed[0].condition == "amqp:resource-limit-exceeded"
+
+
+def test_a_message_that_ends_or_is_given_up_no_longer_counts_as_without_an_end() -> None:
+    server = Engine(server=True, container="depot", partial_bytes_max=3000)
+    pair = Pair(server=server)
+    sender, _ = pair.link_to_server()
+    for _ in range(3):
+        raw.send_begin(sender._pointer, 1)
+        raw.send_chunk(sender._pointer, bytes(2000), 0, 2000)
+        pair.run()
+        assert server._partial_bytes == 2000
+        raw.send_end(sender._pointer)
+        pair.run()
+        assert server._partial_bytes == 0
+    raw.send_begin(sender._pointer, 1)
+    raw.send_chunk(sender._pointer, bytes(2000), 0, 2000)
+    pair.run()
+    sender.close()
+    pair.run()
+    assert server._partial_bytes == 0
+    assert not pair.events(pair.server, Failed)

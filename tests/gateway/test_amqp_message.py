@@ -315,6 +315,83 @@ def test_the_ttl_of_any_other_message_is_patched_too() -> None:
         assert now == was
 
 
+@pytest.mark.parametrize("value", ["order-17", "", "höt", b"\x00\xff", b"plain", 0, 2**64 - 1, uuid.uuid4(), None])
+def test_a_correlation_id_comes_back_from_an_mqtt_app_with_its_type(value: Any) -> None:
+    data = m.correlation_data(value)
+    assert data is None or isinstance(data, bytes)
+    assert m.correlation_id(data) == value
+    assert type(m.correlation_id(data)) is type(value)
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b"x", b"s\xff", b"U123", b"u", b"u-1", b"u99999999999999999999", b"u" + b"9" * 30]
+)
+def test_correlation_data_that_only_looks_like_ours_stays_binary(tail: bytes) -> None:
+    assert m.correlation_id(m.CORRELATION_MARK + tail) == m.CORRELATION_MARK + tail
+
+
+APP_MESSAGES = (
+    made_by_proton(id=5, body="x", durable=True, ttl=9),
+    made_by_proton(id="own", body={"a": 1}, properties={"p": 1, "q": "z"}, reply_to="r", correlation_id=7),
+    made_by_proton(body=b"x", annotations={"x-a": 1}, instructions={"i": 1}, properties={"p": 1}),
+    b"\x00\x53\x75\xa0\x01a",
+    b"\x00\x53\x70\x45\x00\x53\x75\xa0\x01a",
+    b"\x00\x80\0\0\0\0\0\0\0\x70\xd0\0\0\0\x05\0\0\0\x01\x41\x00\x53\x75\xa0\x01a",
+)
+
+
+def bare(body: bytes) -> bytes:
+    at = 0
+    while m._section(body, at, len(body))[0] < m.PROPERTIES:
+        at = m._skip(body, m._section(body, at, len(body))[1], len(body))
+    return body[at:]
+
+
+@pytest.mark.parametrize("before", APP_MESSAGES)
+def test_a_stamp_adds_the_identity_and_leaves_every_other_section_as_it_came(before: bytes) -> None:
+    stamp = m.Stamp("g-%d", "1.abcdef", "alarms")
+    after = stamp.encode(9, before)
+    was, now = decode(before), decode(after)
+    assert now.annotations == {**was.annotations, m.ANNOTATION_ID: "g-%d:1.abcdef:alarms:000000000009"}
+    assert m.lineside_identity(now) == identity(after) is not None
+    now.annotations = was.annotations
+    assert now == was
+    assert by_proton(after).id == by_proton(before).id
+    # The bare message behind the annotations is the same bytes: it may be signed.
+    assert after.endswith(bare(before))
+
+
+@pytest.mark.parametrize("before", APP_MESSAGES)
+def test_a_stamp_for_a_hub_that_looks_into_a_property_sets_it_unless_the_app_did(before: bytes) -> None:
+    stamp = m.Stamp("g", "1.abcdef", "alarms", duplicate_property="_AMQ_DUPL_ID")
+    was, now = decode(before), decode(stamp.encode(9, before))
+    assert now.application_properties == {
+        **was.application_properties,
+        "_AMQ_DUPL_ID": now.annotations[m.ANNOTATION_ID],
+    }
+    now.application_properties, now.annotations = was.application_properties, was.annotations
+    assert now == was
+    own = decode(stamp.encode(9, made_by_proton(body="x", properties={"_AMQ_DUPL_ID": "mine"})))
+    assert own.application_properties == {"_AMQ_DUPL_ID": "mine"}
+
+
+def test_only_a_gateways_own_ids_stand_for_a_message_an_apps_may_repeat() -> None:
+    ours = Template("g", "1.abcdef", "s", "a", "t").encode(1, b"x")
+    assert m.lineside_identity(decode(ours)) == identity(ours)
+    for app_id in ("1", "ID:7", 5, "g:1:s:000000000001", "a:b:c:d", uuid.uuid4(), b"g:1.abcdef:s:000000000001"):
+        assert m.lineside_identity(decode(made_by_proton(id=app_id, body="x"))) is None
+
+
+def test_failures_are_added_to_the_delivery_count_and_nothing_else_changes() -> None:
+    for before in APP_MESSAGES:
+        was, now = decode(before), decode(m.patch_header(before, failures=2))
+        assert now.delivery_count == was.delivery_count + 2
+        now.delivery_count = was.delivery_count
+        assert now == was
+        both = decode(m.patch_header(before, ttl_ms=5, failures=1))
+        assert (both.ttl_ms, both.delivery_count) == (5, was.delivery_count + 1)
+
+
 def per_call_us(call: Any, count: int) -> float:
     best = float("inf")
     for _ in range(5):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.amqp.sasl import AMQP_HEADER, SASL_HEADER, SaslClient, SaslServer
+from gateway.amqp.sasl import AHEAD_BYTES_MAX, AMQP_HEADER, SASL_HEADER, Outcome, SaslClient, SaslServer
 
 
 def talk(client: SaslClient, server: SaslServer, step_bytes: int = 1 << 20) -> None:
@@ -153,3 +153,41 @@ def test_an_outcome_out_of_turn_never_lets_a_client_in() -> None:
     client.feed(SASL_HEADER + (len(body) + 8).to_bytes(4, "big") + b"\x02\x01\x00\x00" + body)
     assert not client.done
     assert client.error is not None
+
+
+def waiting_server(ahead: bytes = b"") -> SaslServer:
+    """A server whose password check takes its time."""
+    server, client = SaslServer(["PLAIN"], lambda user, password: None), SaslClient(["PLAIN"], "anna", "secret")
+    server.feed(client.take_output())
+    client.feed(server.take_output())
+    server.feed(client.take_output() + ahead)
+    assert server.waiting
+    assert not server.done
+    assert server.take_output() == b""
+    return server
+
+
+def test_a_password_may_be_judged_later_and_what_came_ahead_is_kept() -> None:
+    server = waiting_server(AMQP_HEADER[:4])
+    server.feed(AMQP_HEADER[4:])
+    assert not server.done
+    server.answer(True)
+    assert (server.done, server.identity, server.rest) == (True, "anna", AMQP_HEADER)
+    assert server.take_output()[-1] == Outcome.OK
+
+
+@pytest.mark.parametrize("refusal", [Outcome.AUTH, Outcome.SYS_TEMP])
+def test_a_password_judged_wrong_later_lets_nobody_in(refusal: Outcome) -> None:
+    server = waiting_server(AMQP_HEADER)
+    server.answer(False, refusal)
+    assert not server.done
+    assert server.identity is None
+    assert server.error is not None
+    assert server.take_output()[-1] == refusal
+
+
+def test_whoever_does_not_wait_for_the_outcome_is_bounded() -> None:
+    server = waiting_server()
+    server.feed(bytes(AHEAD_BYTES_MAX + 1))
+    assert server.error is not None
+    assert not server._buffer

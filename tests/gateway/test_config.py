@@ -124,6 +124,16 @@ WRONG = [
     ("[mqtt]", "[mqtt]\nclients_max = true", [(4, "mqtt.clients_max")], ""),
     ("[mqtt]", "[mqtt]\nreceive_maximum = 65536", [(4, "mqtt.receive_maximum")], "receive_maximum = 65535"),
     ("[mqtt]", "[mqtt]\nsession_expiry_max = 60", [(4, "mqtt.session_expiry_max")], 'session_expiry_max = "60s"'),
+    # addresses
+    ("[[hub]]", '[[address]]\nname = "a/#/b"\nkind = "queue"\n[[hub]]', [(6, "address[0].name")], ""),
+    ("[[hub]]", '[[address]]\nname = "a"\nkind = "anycast"\n[[hub]]', [(7, "address[0].kind")], '"queue"'),
+    ("[[hub]]", '[[address]]\nname = "a"\n[[hub]]', [(5, "address[0].kind")], "kind ="),
+    (
+        "[[hub]]",
+        '[[address]]\nname = "a/#"\nkind = "queue"\n[[address]]\nname = "a/b"\nkind = "topic"\n[[hub]]',
+        [(9, "address[1].name")],
+        "above that of address[0]",
+    ),
     # hubs
     ("[[hub]]", "[hub]", [(5, "hub")], "[[hub]]"),
     ('name = "depot"', 'nam = "depot"', [(5, "hub[0].name"), (6, "hub[0].nam")], "name"),

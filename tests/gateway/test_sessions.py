@@ -13,7 +13,7 @@ from gateway.broker import Broker
 from gateway.config import loads
 from gateway.mqtt.codec import Connect, PublishProperties, Will, WillProperties
 from gateway.mqtt.delivery import Delivery
-from gateway.sessions import Session
+from gateway.sessions import PUMP_ROWS_MAX, Session
 from storeforward.journal import Journal
 
 CONFIG = """
@@ -55,6 +55,7 @@ class Outlet:
         self.released: list[int] = []
         self.taken: set[int] = set()
         self.congested = False
+        self.turns_owed = 0
 
     @property
     def window_left(self) -> int:
@@ -64,7 +65,7 @@ class Outlet:
     def payloads(self) -> list[bytes]:
         return [g.payload for g in self.got]
 
-    def takes(self, delivery: Delivery, identifiers: tuple[int, ...]) -> bool:
+    def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool:
         return len(delivery.payload) <= self.size_max
 
     def in_use(self, packet_ids: Iterable[int]) -> None:
@@ -100,6 +101,9 @@ class Outlet:
 
     def flush(self) -> None:
         pass
+
+    def come_back(self) -> None:
+        self.turns_owed += 1
 
 
 @pytest.fixture
@@ -681,3 +685,27 @@ def test_sessions_that_want_nothing_of_it_do_not_hold_a_stream(journal: Journal)
     journal.write_cursors()
     commit(broker)
     assert broker.local.rows == 0
+
+
+def test_a_reader_with_much_to_pass_over_comes_back_until_it_has_what_it_wants(journal: Journal) -> None:
+    """Its socket was full for a while; when it takes more again, nobody else would wake the session."""
+    broker = broker_on(journal)
+    outlet = Outlet()
+    session, _ = come(broker, "app", outlet)
+    subscribe(broker, session, "wanted")
+    other, _ = come(broker, "other", Outlet(window=0))  # for it, what nobody else wants is kept
+    subscribe(broker, other, "noise")
+    outlet.congested = True
+    say(broker, "wanted", b"1")
+    for _ in range(3 * PUMP_ROWS_MAX):
+        broker.publish("noise", 1, False, b"", None, journal.age_us(), None)
+    say(broker, "wanted", b"2")
+    outlet.congested = False
+    broker.pump(session)
+    turns = 0
+    while outlet.turns_owed:
+        outlet.turns_owed -= 1
+        turns += 1
+        broker.pump(session)
+    assert outlet.payloads == [b"1", b"2"]
+    assert turns < 10

@@ -222,7 +222,7 @@ def test_nothing_the_hub_sends_is_lost_or_reordered_on_its_way_to_the_apps(
         daemon = start(config_of(broker.url, version), hub_port)
         wait_up(daemon)
         app = App(broker.port, reads="commands/#")
-        wait_until(lambda: hub.status() and "lineside:loco:commands" in str(cursors(hub)))
+        wait_until(lambda: hub.status() and "lineside%3Aloco%3Acommands" in str(cursors(hub)))
         sender = Client(hub.port)
         faults = ["kill"] * KILLS + ["restart"] * RESTARTS
         chance.shuffle(faults)
@@ -293,7 +293,7 @@ def test_properties_cross_the_bridge_both_ways(tmp_path: Path, start: Callable[.
     with Mosquitto(BROKER, directory=tmp_path / "mosquitto") as broker:
         daemon = start(config_of(broker.url), hub_port)
         wait_up(daemon)
-        wait_until(lambda: "lineside:loco:commands" in str(cursors(hub)))
+        wait_until(lambda: "lineside%3Aloco%3Acommands" in str(cursors(hub)))
         app = App(broker.port, version="5.0", reads="commands/#")
         properties = Properties(PacketTypes.PUBLISH)
         properties.ContentType = "text/plain"
@@ -338,7 +338,7 @@ def test_what_the_bridge_publishes_does_not_come_back_to_it(tmp_path: Path, star
         both = config_of(broker.url).replace('["train/#"]', '["train/#", "commands/#"]')
         daemon = start(both, hub_port)
         wait_up(daemon)
-        wait_until(lambda: "lineside:loco:commands" in str(cursors(hub)))
+        wait_until(lambda: "lineside%3Aloco%3Acommands" in str(cursors(hub)))
         app = App(broker.port, reads="commands/#")
         sender = Client(hub.port)
         sender.client.publish("down", b"1", qos=1)

@@ -239,6 +239,33 @@ def test_rows_that_were_dropped_for_room_are_not_waited_for(bench: Bench) -> Non
     assert bench.cursor.position == 4
 
 
+def test_failures_are_counted_where_a_row_was_left_behind_or_given_back_as_failed(bench: Bench) -> None:
+    bench.put("ab")
+    bench.group.join("x")
+    bench.take("x")
+    bench.group.release("x", 1)
+    bench.group.release("x", 2, failed=True)
+    bench.take("x")
+    assert [bench.group.failures(seq) for seq in (1, 2, 3)] == [0, 1, 0]
+    bench.group.leave("x")
+    assert [bench.group.failures(seq) for seq in (1, 2)] == [1, 2]
+
+
+def test_the_blocker_is_who_holds_the_oldest_row_while_the_others_cannot_go_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "GROUP_AHEAD_MAX", 2)
+    bench.put("abc")
+    bench.group.join("x")
+    bench.group.join("y")
+    bench.take("x", 1)
+    assert bench.group.blocker is None
+    bench.take("y")
+    assert bench.group.blocker == "x"
+    bench.group.done("x", 1)
+    assert bench.group.blocker is None
+
+
 MEMBERS = ("x", "y", "z")
 
 

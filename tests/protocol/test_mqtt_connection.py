@@ -340,7 +340,7 @@ def test_properties_reach_the_owner_and_aliases_do_not() -> None:
         ),
         (Publish("a", bytes(5000), 1, packet_id=1), 0x95),
         (Publish("a", b"", 1), 0x82),
-        (Subscribe(1, (Subscription("a/#/b"),)), 0x8F),
+        (Subscribe(1, (Subscription(""),)), 0x8F),
         (Suback(1, (0,)), 0x82),
         (Pingresp(), 0x82),
         (Disconnect(0, DisconnectProperties(session_expiry_interval=5)), 0x82),
@@ -768,3 +768,41 @@ if __name__ == "__main__":
         ("5.0 QoS 1, topic alias", measure(V5, PublishProperties(topic_alias=1))),
     ):
         print(f"{name:32} {rate:12,.0f} messages/s")
+
+
+def test_a_message_too_large_leaves_the_aliases_as_they_were() -> None:
+    properties = ConnectProperties(maximum_packet_size=60, topic_alias_maximum=2)
+    conn = opened(V5, Limits(topic_alias_send_max=2), Connect(V5, "c", properties=properties))
+    conn.data_to_send()
+    for topic in ("first", "second"):
+        conn.publish(topic, b"", 0)
+    with pytest.raises(TooLargeForPeer):
+        conn.publish("third", bytes(60), 0)
+    for topic in ("fourth", "second", "fourth"):
+        conn.publish(topic, b"", 0)
+    known: dict[int, str] = {}
+    heard = []
+    for packet in sent(conn):
+        assert isinstance(packet, Publish)
+        alias = packet.properties.topic_alias
+        assert alias is not None
+        if packet.topic:
+            known[alias] = packet.topic
+        heard.append(known[alias])
+    assert heard == ["first", "second", "fourth", "second", "fourth"]
+
+
+def test_an_alias_is_left_out_of_a_packet_that_it_would_make_too_large() -> None:
+    size = len(wire(V5, Publish("topic", bytes(30))))
+    properties = ConnectProperties(maximum_packet_size=size, topic_alias_maximum=2)
+    conn = opened(V5, Limits(topic_alias_send_max=2), Connect(V5, "c", properties=properties))
+    conn.data_to_send()
+    conn.publish("topic", bytes(30), 0)
+    assert sent(conn) == [Publish("topic", bytes(30))]
+
+
+def test_a_refusal_keeps_to_the_clients_packet_size() -> None:
+    conn = ServerConnection(Limits())
+    asked = ConnectProperties(maximum_packet_size=30, authentication_method="SCRAM-SHA-1")
+    conn.receive(wire(V5, Connect(V5, "me", properties=asked)), 0.0)
+    assert sent(conn) == [Connack(False, Reason.BAD_AUTHENTICATION_METHOD)]

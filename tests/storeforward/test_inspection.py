@@ -171,6 +171,7 @@ def test_a_journal_can_be_read_while_the_daemon_writes_it(tmp_path: Path) -> Non
     journal = Journal.open(tmp_path)
     try:
         stream = journal.stream("alarms", "outbound")
+        journal.commit_now()
         with Inspection(tmp_path) as seen:
             assert seen.streams()[0].rows == 0
             journal.append(stream, "alarm/1", lambda seq, payload: payload, BODY)

@@ -1,0 +1,217 @@
+"""A sender's link as a trace: what the app sends, what is journaled, and what it is told when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.amqp import incoming as incoming_module
+from gateway.amqp.engine import Outcome, OutcomeKind
+from gateway.amqp.incoming import Incoming, Refused
+from gateway.amqp.message import ANNOTATION_ID, Stamp, decode, encode
+from gateway.routing import Route
+from storeforward.errors import JournalFull
+from storeforward.journal import Journal
+from storeforward.streams import StreamLimits
+from tests.wire import Wire
+
+
+def never(seq: int, body: bytes) -> bytes:
+    raise AssertionError("a template is for MQTT")
+
+
+class Bench:
+    """A journal, and an app at the other end of the wire: `near` is the app, `far` is us."""
+
+    def __init__(self, path: Path) -> None:
+        self.journal = Journal.open(path, clock=lambda: 1000.0)
+        self.stream = self.journal.stream("local", "local")
+        self.wire = Wire().attach(0)
+        self.ttl_us: int | None = None
+        self.asked: list[str] = []
+        self.number = 0
+        self.incoming = Incoming(self.journal, self.wire.receiver, 100, "cab", self._resolve, lambda: None)
+        self.wire.run()
+
+    def _resolve(self, topic: str) -> tuple[Route, Stamp]:
+        self.asked.append(topic)
+        if topic == "closed":
+            raise Refused("amqp:unauthorized-access", "not you")
+        return Route(self.stream, topic, never, self.ttl_us, topic, None, True), Stamp("loco", "1.abcdef", "local")
+
+    def send(self, *bodies: bytes) -> None:
+        """The app sends, and what it sends is taken in."""
+        self.wire.sender.send([(self.number + n, body) for n, body in enumerate(bodies)])
+        self.number += len(bodies)
+        self.incoming.deliveries(self.wire.take())
+
+    def commit(self) -> None:
+        if self.journal.pending:
+            self.journal.commit_now()
+
+    def told(self) -> list[tuple[int, str]]:
+        """(number, outcome or condition) of what the app was told since the last call."""
+        self.wire.run()
+        out: list[tuple[int, str]] = []
+        for outcome in self.wire.sender.take_outcomes():
+            first = outcome.seq - outcome.count + 1
+            out += [(seq, _word(outcome)) for seq in range(first, outcome.seq + 1)]
+        return out
+
+    def stored(self) -> list[tuple[str, bytes]]:
+        return [(row.topic, row.body) for row in self.journal.read(self.stream, 1, 100)]
+
+    def losses(self) -> list[tuple[object, ...]]:
+        self.commit()
+        return self.journal.query("SELECT reason, size, detail FROM loss ORDER BY id")
+
+
+def _word(outcome: Outcome) -> str:
+    return outcome.condition or outcome.kind.value
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.journal.close()
+
+
+def test_accepted_leaves_only_after_the_commit_and_in_order(bench: Bench) -> None:
+    bench.send(encode(b"a"), encode(b"b"))
+    assert bench.told() == []
+    bench.journal.begin()
+    bench.send(encode(b"c"))
+    bench.journal.commit()
+    assert bench.told() == []
+    bench.journal.committed()
+    assert bench.told() == [(0, "accepted"), (1, "accepted")]
+    bench.commit()
+    assert bench.told() == [(2, "accepted")]
+    assert [decode(body).body for _, body in bench.stored()] == [b"a", b"b", b"c"]
+
+
+def test_an_app_may_use_a_message_id_as_often_as_it_likes(bench: Bench) -> None:
+    bench.send(encode(b"a", message_id="1"), encode(b"b", message_id="1"))
+    bench.commit()
+    stored = [decode(body) for _, body in bench.stored()]
+    assert [(m.message_id, m.annotations[ANNOTATION_ID][-1]) for m in stored] == [("1", "1"), ("1", "2")]
+
+
+def test_what_another_gateway_repeats_is_stored_once_and_accepted_each_time(bench: Bench) -> None:
+    body = encode(b"a", annotations={ANNOTATION_ID: "edge:7.abcdef:alarms:000000000001"})
+    bench.send(body)
+    bench.send(body)
+    bench.commit()
+    bench.send(body)
+    assert bench.told() == [(0, "accepted"), (1, "accepted")]
+    bench.commit()
+    assert bench.told() == [(2, "accepted")]
+    assert bench.stored() == [("cab", body)]
+
+
+def test_the_shorter_of_the_messages_and_the_streams_ttl_counts(bench: Bench) -> None:
+    bench.send(encode(b"a", ttl_ms=5), encode(b"b"))
+    bench.ttl_us = 3000
+    bench.send(encode(b"c", ttl_ms=5), encode(b"d"), encode(b"e", ttl_ms=1))
+    bench.commit()
+    now = bench.journal.age_us()
+    expires = [row.expires_age_us for row in bench.journal.read(bench.stream, 1, 10)]
+    assert [None if at is None else at - now for at in expires] == [5000, None, 3000, 3000, 1000]
+
+
+def test_each_message_that_cannot_be_taken_is_told_why_and_the_others_go_on(bench: Bench) -> None:
+    bench.incoming.topic = None
+    bench.stream.limits = StreamLimits(bytes_max=1000)
+    bench.send(
+        encode(b"a", to="topic://x"),
+        encode(b"b"),
+        encode(b"c", to="a/#"),
+        encode(b"d", to="closed"),
+        b"\x00\x53\x77",
+        encode(b"e" * 1000, to="x"),
+        encode(b"f", to="y"),
+    )
+    bench.commit()
+    assert bench.told() == [
+        (0, "accepted"),
+        (1, "amqp:not-found"),
+        (2, "amqp:not-found"),
+        (3, "amqp:unauthorized-access"),
+        (4, "amqp:decode-error"),
+        (5, "amqp:resource-limit-exceeded"),
+        (6, "accepted"),
+    ]
+    assert [topic for topic, _ in bench.stored()] == ["x", "y"]
+    assert bench.losses() == []
+
+
+def test_a_full_stream_holds_a_little_grants_no_credit_and_goes_on_when_there_is_room(bench: Bench) -> None:
+    bench.stream.limits = StreamLimits(messages_max=1)
+    bench.send(encode(b"a"), encode(b"b"))
+    bench.send(encode(b"c"))
+    bench.commit()
+    assert bench.told() == [(0, "accepted")]
+    assert bench.incoming.held == 2
+    bench.incoming.retry()
+    assert bench.incoming.held == 2
+    bench.stream.limits = StreamLimits(messages_max=10)
+    bench.incoming.retry()
+    bench.commit()
+    assert bench.told() == [(1, "accepted"), (2, "accepted")]
+    assert [decode(body).body for _, body in bench.stored()] == [b"a", b"b", b"c"]
+
+
+def test_beyond_what_is_held_everything_goes_back_so_that_the_order_stays(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(incoming_module, "HELD_BYTES_MAX", 150)
+    bench.stream.limits = StreamLimits(messages_max=1)
+    bench.send(encode(b"a"), encode(b"b" * 60), encode(b"c" * 100), encode(b"d"))
+    bench.commit()
+    bench.stream.limits = StreamLimits(messages_max=10)
+    bench.send(encode(b"e"))
+    bench.incoming.retry()
+    bench.send(encode(b"f"))
+    bench.commit()
+    assert sorted(bench.told()) == [
+        (0, "accepted"),
+        (1, "accepted"),
+        (2, "released"),
+        (3, "released"),
+        (4, "released"),
+        (5, "accepted"),
+    ]
+
+
+def test_a_disk_that_takes_nothing_gives_the_messages_back(bench: Bench) -> None:
+    bench.send(encode(b"a"))
+    bench.incoming.failed(list(bench.journal.pending.waiting.pop(bench.incoming)), JournalFull("*", "full"))
+    assert bench.told() == [(0, "released")]
+
+
+def test_what_is_refused_though_its_sender_no_longer_listens_is_in_the_ledger(bench: Bench) -> None:
+    bench.wire.sender.presettled = True
+    bench.incoming.topic = None
+    bench.send(encode(b"a"), encode(b"b", to="x"))
+    bench.commit()
+    [(reason, _, detail)] = bench.losses()
+    assert (reason, detail) == ("refused-presettled", "amqp:not-found")
+    assert [topic for topic, _ in bench.stored()] == ["x"]
+
+
+def test_a_link_that_is_gone_before_the_commit_costs_nothing(bench: Bench) -> None:
+    bench.send(encode(b"a"))
+    bench.wire.far.lost()
+    bench.commit()
+    assert len(bench.stored()) == 1
+
+
+def test_credit_is_kept_at_the_same_level_by_commits(bench: Bench) -> None:
+    for n in range(30):
+        bench.send(*(encode(b"%d" % n) for _ in range(10)))
+        bench.commit()
+        assert all(word == OutcomeKind.ACCEPTED.value for _, word in bench.told())
+    assert bench.stream.next_seq == 301
