@@ -284,8 +284,8 @@ def test_every_property_of_mqtt_reaches_an_amqp_app_and_comes_back_as_it_was(rig
         assert message.durable
         assert see(message) == expected, OUT[number]
         back.append(message)
-    for number, message in enumerate(back):
-        message.id = f"again-{number}"  # another message with the same properties
+    for message in back:
+        message.id = None  # another message with the same properties
         message.properties = user(message)
     app.send(rig.prefix + "commands", *back)
     for number, (properties, _, _) in enumerate(OUT):
@@ -316,8 +316,12 @@ IN: list[tuple[proton.Message, bytes, dict[str, Any]]] = [
         {"CorrelationData": correlation_data(uuid.UUID(int=1))},
     ),
     (proton.Message(correlation_id="x" * 70_000), b"", {}),
-    (proton.Message(reply_to="centre.answers"), b"", {"ResponseTopic": "centre.answers"}),
-    (proton.Message(reply_to="no+topic/#"), b"", {}),
+    (
+        proton.Message(reply_to="centre.answers"),
+        b"",
+        {"ResponseTopic": "centre.answers", "CorrelationData": correlation_data("11")},
+    ),
+    (proton.Message(reply_to="no+topic/#", correlation_id=b"1"), b"", {"CorrelationData": b"1"}),
     (proton.Message(content_type="text/plain"), b"", {"ContentType": "text/plain"}),
     (
         proton.Message(
@@ -490,7 +494,7 @@ def test_an_mqtt_app_answers_requests_of_an_amqp_app(answering: Rig, dynamic: bo
         receiver = app.connection.create_receiver(None, credit=100, dynamic=True)
         address = receiver.link.remote_source.address
     else:
-        address = rig.prefix + "answers+100%"
+        address = rig.prefix + "answers 100%"
         receiver = app.receiver(address)
     # Each: what the request names itself by, and what its answer has to name.
     names: list[tuple[dict[str, Any], Any]] = [
