@@ -32,16 +32,16 @@ ARTEMIS_SHA512 = (
 ARTEMIS_JAVA_MIN = 17
 TOXIPROXY_VERSION = "2.12.0"
 TOXIPROXY_MODULE = f"github.com/Shopify/toxiproxy/v2/cmd/server@v{TOXIPROXY_VERSION}"
-QPID_JMS_VERSION = "2.6.1"  # as in deploy/examples/jms/pom.xml
-RHEA_VERSION = "3.0.5"  # as in deploy/examples/rhea/package.json
-EXAMPLES = Path(__file__).resolve().parent / "examples"
-MAVEN_COPY_ALL = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy-dependencies"
 MQTTJS_VERSION = "5.16.0"
 MQTTJS_SHA512 = (
     "1b456c12db89cf9b0952064969a0033157d6ed22053f3908b8747e77aae4fad0"
     "5e4b07427ddf416884727117ddd806f21431262e514cf920d07ad8bff886ce9f"
 )
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+QPID_JMS_VERSION = "2.6.1"  # as in deploy/examples/jms/pom.xml
+RHEA_VERSION = "3.0.5"  # as in deploy/examples/rhea/package.json
+EXAMPLES = Path(__file__).resolve().parent / "examples"
+MAVEN_COPY_ALL = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy-dependencies"
 MAVEN_COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy"
 
 FETCH_TIMEOUT_S = 900
@@ -65,14 +65,6 @@ def toxiproxy_server() -> Path:
     return parts_dir() / f"toxiproxy-{TOXIPROXY_VERSION}" / "toxiproxy-server"
 
 
-def qpid_jms_lib() -> Path:
-    return parts_dir() / f"qpid-jms-{QPID_JMS_VERSION}"
-
-
-def rhea_modules() -> Path:
-    return parts_dir() / f"rhea-{RHEA_VERSION}" / "node_modules"
-
-
 def mqttjs() -> Path:
     """The one file of mqtt.js that a browser loads."""
     return parts_dir() / f"mqttjs-{MQTTJS_VERSION}" / "mqtt.min.js"
@@ -81,6 +73,14 @@ def mqttjs() -> Path:
 def browser() -> str | None:
     """A Chromium that runs without a screen."""
     return next((path for name in BROWSERS if (path := program(name))), None)
+
+
+def qpid_jms_lib() -> Path:
+    return parts_dir() / f"qpid-jms-{QPID_JMS_VERSION}"
+
+
+def rhea_modules() -> Path:
+    return parts_dir() / f"rhea-{RHEA_VERSION}" / "node_modules"
 
 
 def program(name: str) -> str | None:
@@ -139,6 +139,14 @@ def _missing_mosquitto() -> str | None:
     return None if program("mosquitto") else "Mosquitto is not installed (Debian: mosquitto mosquitto-clients)"
 
 
+def _missing_mqttjs() -> str | None:
+    return None if mqttjs().exists() else f"mqtt.js is not in {parts_dir()}: run deploy/parts.py fetch mqttjs"
+
+
+def _missing_chromium() -> str | None:
+    return None if browser() else "Chromium is not installed (Debian: chromium-headless-shell)"
+
+
 def _missing_qpid_jms() -> str | None:
     if not qpid_jms_lib().exists():
         return f"Qpid JMS {QPID_JMS_VERSION} is not in {parts_dir()}: run deploy/parts.py fetch qpid-jms"
@@ -149,14 +157,6 @@ def _missing_rhea() -> str | None:
     if not rhea_modules().exists():
         return f"rhea {RHEA_VERSION} is not in {parts_dir()}: run deploy/parts.py fetch rhea"
     return None if program("node") else "Node is not installed (Debian: nodejs)"
-
-
-def _missing_mqttjs() -> str | None:
-    return None if mqttjs().exists() else f"mqtt.js is not in {parts_dir()}: run deploy/parts.py fetch mqttjs"
-
-
-def _missing_chromium() -> str | None:
-    return None if browser() else "Chromium is not installed (Debian: chromium-headless-shell)"
 
 
 # Fetching: each returns only when the part is in place, and raises FetchError otherwise.

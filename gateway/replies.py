@@ -5,7 +5,7 @@ its reply-to and its own message-id as correlation-id, and the journal remembers
 in the commit that holds the request. Responders answer with the request's correlation-id or, as in JMS, with its
 message-id: both name the same request, and correlation data that two apps happen to share mix nothing up.
 
-The other way, a request of a hub's app has its reply-to turned into a topic that names address and kind of id.
+The other way, a request of a hub's app has its reply-to turned into a topic that names it.
 
 Knows no socket and no session. Times are microseconds on the journal's age clock.
 """
@@ -13,13 +13,12 @@ Knows no socket and no session. Times are microseconds on the journal's age cloc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
-from uuid import UUID
 
-from gateway.amqp.message import ANNOTATION_REQUEST, Message, MessageId
+from gateway.amqp.message import ANNOTATION_REQUEST, Message, answer_to
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
 from storeforward.streams import Stream
@@ -197,16 +196,13 @@ class Inlet:
         if request is not None:
             topic = message.reply_to
             if topic is not None and self._answers is not None:
-                topic = answer_topic(self._answers, "bytes", topic)
+                topic = answer_topic(self._answers, topic)
             notes = {ANNOTATION_REQUEST: annotation(self._gateway, topic, request.correlation)}
             return Arrival(notes, request.response_topic, request)
         if message.reply_to is None or self._answers is None:
             return None
-        # As JMS and others have it: an answer names the request's correlation-id or, where it has none, its message-id.
-        name = message.message_id if message.correlation_id is None else message.correlation_id
-        kind, correlation = _as_bytes(name)
-        topic = answer_topic(self._answers, kind, message.reply_to)
-        return Arrival({ANNOTATION_REQUEST: annotation(self._gateway, topic, correlation)})
+        topic = answer_topic(self._answers, message.reply_to)
+        return Arrival({ANNOTATION_REQUEST: annotation(self._gateway, topic, answer_to(message, can_be_answered=True))})
 
     def taken(self, arrival: Arrival) -> None:
         """It is staged."""
@@ -221,59 +217,17 @@ def annotation(gateway: str, response_topic: str | None, correlation: bytes | No
 
 # ------------------------------------------------------------------ requests of the hub's apps, answered on this side
 #
-# An answer is published to PREFIX KIND / ADDRESS, which says all that there is to know: where it goes, and as what type
-# the hub's app knows its correlation-id. Nothing has to be remembered.
+# The response topic is the reply address itself behind a prefix, and correlation data carry the type of the id they
+# stand for (gateway.amqp.message.correlation_data): nothing has to be remembered between request and answer.
 
 
-def answer_topic(prefix: str, kind: str, address: str) -> str:
+def answer_topic(prefix: str, address: str) -> str:
     """The response topic that stands for a hub's reply address."""
     for char in "%+#":
         address = address.replace(char, f"%{ord(char):02X}")
-    return f"{prefix}{kind}/{address}"
+    return prefix + address
 
 
-def answer_address(prefix: str, topic: str) -> tuple[str, str] | None:
-    """(kind, address) of a topic made by `answer_topic`; None if it is none."""
-    if not topic.startswith(prefix):
-        return None
-    kind, _, address = topic[len(prefix) :].partition("/")
-    if kind not in _READ or not address:
-        return None
-    return kind, unquote(address)
-
-
-def _as_bytes(name: MessageId) -> tuple[str, bytes | None]:
-    """An AMQP id as its kind and what MQTT apps are given as correlation data."""
-    match name:
-        case str():
-            return "text", name.encode()
-        case UUID():
-            return "uuid", str(name).encode()
-        case int():
-            return "number", str(name).encode()
-    return "bytes", name
-
-
-def _number(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 1 << 64:
-        raise ValueError("an AMQP id is an unsigned number of 64 bits")
-    return number
-
-
-_READ: Mapping[str, Callable[[bytes], MessageId]] = {
-    "bytes": lambda data: data,
-    "text": lambda data: data.decode(),
-    "uuid": lambda data: UUID(data.decode()),
-    "number": lambda data: _number(data.decode()),
-}
-
-
-def as_kind(kind: str, correlation: bytes | None) -> MessageId:
-    """Correlation data as an AMQP id of that kind; as bytes where they are not what the request had."""
-    if correlation is None:
-        return None
-    try:
-        return _READ[kind](correlation)
-    except ValueError:
-        return correlation
+def answer_address(prefix: str, topic: str) -> str | None:
+    """The reverse; None of a topic that names no address."""
+    return unquote(topic.removeprefix(prefix)) if topic.startswith(prefix) and topic != prefix else None

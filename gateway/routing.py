@@ -20,7 +20,6 @@ class Route:
     """One topic's way: `wanted` is false where nobody would ever read the message.
 
     `reply_to`: where replies to what is asked on it come in; None where response topics travel as they are.
-    `answer_kind`: of a topic that is the way back to a hub's app, what that app's correlation-ids are.
     """
 
     stream: Stream
@@ -31,7 +30,6 @@ class Route:
     duplicate_property: str | None
     wanted: bool
     reply_to: ReplyTo | None = None
-    answer_kind: str | None = None
 
 
 class Router:
@@ -77,18 +75,16 @@ class Router:
     def _make(self, topic: str, qos: int) -> Route:
         for out in self._outbound:
             if any(filter_matches(each, topic) for each in out.topics):
-                answer: tuple[str, str] | None = None
+                address: str | None = out.address_for(self._gateway)
                 if out.answers is not None:
-                    answer = answer_address(out.answers, topic)
-                    if answer is None:
-                        continue
-                address = out.address_for(self._gateway) if answer is None else answer[1]
+                    address = answer_address(out.answers, topic)
+                if address is None:
+                    continue
                 duplicate = DUPLICATE_PROPERTY.get(self._kinds.get(out.hub, ""))
                 ttl_ms = None if out.ttl_s is None else int(out.ttl_s * 1000)
                 stream = self._streams[out.stream]
                 route = self._built(stream, topic, qos, address, ttl_ms, duplicate, True)
                 route.reply_to = self._reply_to[out.stream]
-                route.answer_kind = None if answer is None else answer[0]
                 return route
         return self._built(self._local, topic, qos, topic, None, None, self._read_locally(topic))
 

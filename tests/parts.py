@@ -73,14 +73,6 @@ def available(name: str) -> str | None:
     return None if reason is None else str(reason)
 
 
-def qpid_jms_lib() -> Path:
-    return Path(_deployed.qpid_jms_lib())
-
-
-def rhea_modules() -> Path:
-    return Path(_deployed.rhea_modules())
-
-
 def mqttjs() -> Path:
     """mqtt.js as a browser loads it."""
     return Path(_deployed.mqttjs())
@@ -91,6 +83,14 @@ def browser() -> str:
     found = _deployed.browser()
     assert found is not None
     return str(found)
+
+
+def qpid_jms_lib() -> Path:
+    return Path(_deployed.qpid_jms_lib())
+
+
+def rhea_modules() -> Path:
+    return Path(_deployed.rhea_modules())
 
 
 def free_port() -> int:

@@ -14,7 +14,6 @@ from gateway.amqp.addresses import reply_topic
 from gateway.amqp.message import (
     ANNOTATION_REQUEST,
     Message,
-    MessageId,
     Template,
     answer_to,
     correlation_id,
@@ -23,7 +22,7 @@ from gateway.amqp.message import (
 )
 from gateway.mqtt.codec import TEXT_MAX_BYTES, PublishProperties
 from gateway.mqtt.topics import check_topic
-from gateway.replies import annotation, as_kind
+from gateway.replies import annotation
 from gateway.routing import DUPLICATE_PROPERTY, Route
 from storeforward.journal import Journal
 
@@ -117,11 +116,6 @@ def template_with(
         notes[ANNOTATION_PAYLOAD_FORMAT] = p.payload_format_indicator
     if p.content_type is not None and (not p.content_type or not p.content_type.isascii()):
         notes[ANNOTATION_CONTENT_TYPE] = p.content_type
-    correlation: MessageId = correlation_id(p.correlation_data)
-    if answer is not None:
-        correlation = answer[1]
-    elif route.answer_kind is not None:
-        correlation = as_kind(route.answer_kind, p.correlation_data)
     gateway, epoch = identity
     template = Template(
         gateway,
@@ -132,7 +126,7 @@ def template_with(
         None if ttl_us is None else min(ttl_us // 1000, TTL_MS_MAX),
         content_type=p.content_type,
         reply_to=p.response_topic if answer is None else answer[0],
-        correlation_id=correlation,
+        correlation_id=correlation_id(p.correlation_data) if answer is None else answer[1],
         user_properties=p.user_property,
         annotations=notes,
         duplicate_property=route.duplicate_property,

@@ -172,7 +172,7 @@ def test_a_reply_may_itself_ask_for_one(gateway: Gateway) -> None:
     gateway.receive(reply(sent.correlation_id, reply_to="centre/7"))
     (row,) = gateway.rows("replies")
     properties = gateway.broker.delivery(gateway.journal.streams["replies"], row).properties
-    topic = "reply/depot/bytes/centre/7"
+    topic = "reply/depot/centre/7"
     assert properties == PublishProperties(response_topic=topic, correlation_data=b"\x00\xff")
 
 
@@ -234,11 +234,11 @@ def test_open_requests_survive_a_power_cut_and_so_does_their_expiry(gateway: Gat
     assert len(gateway.broker.requests) == 2
     gateway.boottime_s += 100
     gateway.receive(reply(second.correlation_id), reply(first.correlation_id, subject="late"))
-    assert gateway.delivered() == [("app/1/answers", b"\x00\xff"), ("b", None), ("replies/late", str_of(first))]
-
-
-def str_of(message: Message) -> bytes:
-    return str(message.message_id).encode()
+    assert gateway.delivered() == [
+        ("app/1/answers", b"\x00\xff"),
+        ("b", None),
+        ("replies/late", str(first.message_id).encode()),
+    ]
 
 
 def test_a_request_that_was_not_stored_is_not_waited_for(gateway: Gateway) -> None:
@@ -309,27 +309,15 @@ def asked(gateway: Gateway, **fields: Any) -> PublishProperties | None:
     return gateway.broker.delivery(gateway.journal.streams["commands"], row).properties
 
 
-IDS = [
-    ("text", "text", b"text"),
-    (b"\x00\xff", "bytes", b"\x00\xff"),
-    (b"", "bytes", b""),
-    (uuid.UUID(int=5), "uuid", b"00000000-0000-0000-0000-000000000005"),
-    (2**64 - 1, "number", b"18446744073709551615"),
-    (0, "number", b"0"),
-]
-
-
-@pytest.mark.parametrize(("name", "kind", "data"), IDS)
+@pytest.mark.parametrize("name", ["text", b"\x00\xff", b"", uuid.UUID(int=5), 2**64 - 1, 0])
 @pytest.mark.parametrize("address", ["answers", "/queue/a%2F+#/b", "temp://ü"])
 def test_an_answer_goes_to_the_reply_to_and_names_its_request_as_that_does_itself(
-    gateway: Gateway, name: Any, kind: str, data: bytes, address: str
+    gateway: Gateway, name: Any, address: str
 ) -> None:
     for fields in ({"correlation_id": name, "message_id": "another"}, {"message_id": name}):
         request = asked(gateway, reply_to=address, **fields)
         assert request is not None
-        assert request.correlation_data == data
         assert request.response_topic is not None
-        assert request.response_topic.startswith(f"reply/depot/{kind}/")
         gateway.broker.publish(
             request.response_topic,
             1,
@@ -344,16 +332,7 @@ def test_an_answer_goes_to_the_reply_to_and_names_its_request_as_that_does_itsel
         assert type(answer.correlation_id) is type(name)
 
 
-@pytest.mark.parametrize("kind", ["uuid", "number", "text"])
-def test_correlation_data_that_are_not_the_requests_travel_as_bytes(gateway: Gateway, kind: str) -> None:
-    wrong = PublishProperties(correlation_data=b"\xff-1")
-    gateway.broker.publish(f"reply/depot/{kind}/a", 1, False, b"!", wrong, gateway.journal.age_us())
-    gateway.broker.publish(f"reply/depot/{kind}/a", 1, False, b"!", None, gateway.journal.age_us())
-    gateway.journal.commit_now()
-    assert [decode(row.body).correlation_id for row in gateway.rows("answers")] == [b"\xff-1", None]
-
-
-@pytest.mark.parametrize("topic", ["reply/depot", "reply/depot/a", "reply/depot/text/", "reply/depot/word/a"])
+@pytest.mark.parametrize("topic", ["reply/depot", "reply/depot/", "reply/other/a"])
 def test_a_topic_that_is_no_way_back_stays_local(gateway: Gateway, topic: str) -> None:
     gateway.broker.publish(topic, 1, False, b"!", None, gateway.journal.age_us())
     assert gateway.rows("answers") == []
@@ -362,8 +341,8 @@ def test_a_topic_that_is_no_way_back_stays_local(gateway: Gateway, topic: str) -
 
 def test_without_such_a_stream_the_reply_to_is_the_response_topic(gateway: Gateway) -> None:
     gateway.answers = None
-    assert asked(gateway, reply_to="answers", correlation_id="1") == PublishProperties(
-        response_topic="answers", correlation_data=b"\0amqp-s1"
+    assert asked(gateway, reply_to="answers", correlation_id=b"1") == PublishProperties(
+        response_topic="answers", correlation_data=b"1"
     )
 
 
