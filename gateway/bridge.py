@@ -629,7 +629,7 @@ class _RenewedContext(ssl.SSLContext):
         super().__init__()
 
     def wrap_socket(self, sock: socket.socket, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
-        from security.tls import client_context  # 8 MB of memory that a bridge on loopback need not spend
+        from security.tls import client_context  # OpenSSL is memory that a bridge on loopback need not spend
 
         return client_context(*self._files).wrap_socket(sock, *args, **kwargs)
 

@@ -288,7 +288,7 @@ class Mqtt(_Listener):
     )
     receive_maximum: Annotated[StrictInt, Field(ge=1, le=65535)] = 1000
     clients_max: Annotated[StrictInt, Field(ge=1, le=100_000)] = 1000
-    keep_alive_max_s: Annotated[StrictInt, Field(ge=1, le=65535)] = 3600
+    keep_alive_max_s: Annotated[StrictInt, Field(ge=1, le=65535)] = 60
     session_expiry_max_s: Annotated[float, _seconds(0, 10 * 365 * 86400)] = Field(
         default=30 * 86400.0, alias="session_expiry_max", examples=["30d"]
     )

@@ -215,7 +215,7 @@ class HubLink:
         """Made anew for every attempt, so that renewed files are used without a restart."""
         if not url.tls:
             return None
-        from security.tls import client_context  # 8 MB of memory that a link on loopback need not spend
+        from security.tls import client_context  # OpenSSL is memory that a link on loopback need not spend
 
         return client_context(self.hub.ca, self.hub.cert, self.hub.key)
 
