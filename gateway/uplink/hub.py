@@ -333,7 +333,7 @@ class HubLink:
 
     def _wake(self, way: _Way, now: float) -> None:
         drain = way.drain
-        if drain is None or way.link is None or not way.link.alive:
+        if drain is None:
             return
         before = drain.settled
         if drain.wake(now):

@@ -243,6 +243,46 @@ def test_a_lost_connection_sends_the_unsettled_again_under_the_same_bytes(bench:
     assert [body for _, body in bench.wire.take()] == [body for _, body in before[1:]]
 
 
+@pytest.mark.parametrize("goodbye", ["detach", "close", "end"])
+def test_answers_in_the_same_breath_as_the_goodbye_count(bench: Bench, goodbye: str) -> None:
+    bench.attach().put(*"abcde")
+    (a, _), (b, _), (c, _), _, _ = bench.wake()
+    bench.accept(a)
+    bench.wire.receiver.reject(b, "amqp:not-allowed")
+    bench.accept(c)
+    match goodbye:
+        case "detach":
+            bench.wire.receiver.close(detach=True)
+        case "close":
+            bench.wire.receiver.close("amqp:resource-deleted")
+        case "end":
+            bench.wire.receiver.session.close()
+    bench.wire.run()
+    assert not bench.wire.sender.alive
+    assert bench.drain.wake(NOW), "that the peer settled something"
+    bench.drain.detached()
+    assert bench.cursor.position == 4, "d and e have no answer"
+    bench.wire.attach()
+    bench.drain.attached(bench.wire.sender, NOW)
+    assert bench.sent() == "de"
+    assert bench.rows("dead", "seq") == [(2,)]
+
+
+def test_answers_to_a_link_that_is_gone_count_though_nobody_asked_before_it_was_dropped(bench: Bench) -> None:
+    bench.attach().put(*"abc")
+    (a, _), (b, _), (c, _) = bench.wake()
+    bench.accept(a)
+    bench.wire.receiver.release(b)
+    bench.accept(c)
+    bench.wire.receiver.close(detach=True)
+    bench.wire.run()
+    bench.drain.detached()
+    assert bench.cursor.position == 2
+    bench.wire.attach()
+    bench.drain.attached(bench.wire.sender, NOW)
+    assert bench.sent() == "b"
+
+
 def test_a_paused_drain_takes_answers_but_sends_nothing(bench: Bench) -> None:
     bench.attach().put("a")
     [(a, _)] = bench.wake()
