@@ -2,7 +2,8 @@
 
 The peer's messages are settled in the order they came, each only after the commit that holds it (promise P1), or that
 holds the one it repeats (promise P3). A full stream leaves deliveries unsettled and grants no credit: the peer keeps
-its messages. What no room would ever be enough for, or cannot be read, is rejected, with a row in the ledger. Knows no socket and reads no clock.
+its messages. What would not fit into an empty stream, or cannot be read, is rejected, with a ledger row. Knows no
+socket and reads no clock.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ log = logging.getLogger("lineside.intake")
 
 
 Place = Callable[[Message], tuple[Stream, str]]
+
+
 class _TooLarge(PeerError):
     """The message does not fit into its stream even where that is empty."""
 
