@@ -43,6 +43,8 @@ class Drain:
         self._resend_s = RESEND_S_MIN
         self._progress_at = 0.0
         self.settled = 0
+        # How often, since it took something, the peer has given messages back; and the first of the last ones.
+        self.given_back = self.given_back_seq = 0
         self.paused = False
 
     def attached(self, link: Sender, now: float) -> None:
@@ -112,6 +114,7 @@ class Drain:
                     self._done.update(range(first, outcome.seq + 1))
                 else:
                     self._resend_s = RESEND_S_MIN
+                    self.given_back = 0
                 return True
             case OutcomeKind.REJECTED:
                 for row in self.journal.read(self.stream, outcome.seq, 1):
@@ -121,6 +124,8 @@ class Drain:
                 return True
             case OutcomeKind.RELEASED | OutcomeKind.MODIFIED | OutcomeKind.UNKNOWN:
                 if self._resend_from is None:
+                    self.given_back += 1
+                    self.given_back_seq = outcome.seq
                     self._resend_from = outcome.seq
                     self._resend_at = now + self._resend_s
                     self._resend_s = min(RESEND_S_MAX, self._resend_s * 2)
