@@ -142,6 +142,22 @@ def test_the_delay_between_resends_doubles_within_its_bounds(bench: Bench) -> No
     assert delays[-1] == pytest.approx(RESEND_S_MAX)
 
 
+def test_how_often_the_peer_gives_messages_back_is_counted_until_it_takes_one(bench: Bench) -> None:
+    bench.attach().put(*"ab")
+    now = NOW
+    for count in (1, 2, 3):
+        (a, _), (b, _) = bench.wake(now)
+        bench.wire.receiver.release(a)
+        bench.wire.receiver.release(b)
+        bench.wake(now)
+        assert (bench.drain.given_back, bench.drain.given_back_seq) == (count, 1)
+        now += 60
+    (a, _), _ = bench.wake(now)
+    bench.accept(a)
+    bench.wake(now)
+    assert bench.drain.given_back == 0
+
+
 def test_a_rejected_message_is_dead_lettered_with_its_condition_and_the_rest_goes_on(bench: Bench) -> None:
     bench.attach().put(*"abc")
     (a, _), (b, _), (c, _) = bench.wake()
