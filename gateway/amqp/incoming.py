@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from gateway.amqp.addresses import AddressError, parse
 from gateway.amqp.engine import DECODE_ERROR, NOT_FOUND, RESOURCE_LIMIT_EXCEEDED, Receiver
-from gateway.amqp.message import ANNOTATION_RETAIN, Message, MessageError, Stamp, decode, lineside_identity
+from gateway.amqp.message import ANNOTATION_RETAIN, Message, MessageError, Stamp, decode, given_id, lineside_identity
 from gateway.errors import PeerError
 from gateway.routing import Route
 from storeforward.errors import JournalFull
@@ -131,7 +131,10 @@ class Incoming:
             journal.wait_for(self, handle, stream, who)
             return
         else:
-            seq = journal.append(stream, topic, _as_it_came, body, expires, who)
+            given = given_id(message)
+            assert given is not None
+            body = stamp.carry(given, body)
+            seq = journal.append(stream, topic, _as_it_is, body, expires, who)
         if message.annotations.get(ANNOTATION_RETAIN) is True:
             self._retain(stream, seq, topic, body if who is not None else stamp.encode(seq, body), expires)
         self.received += 1
@@ -174,5 +177,5 @@ class Incoming:
         self._flush()
 
 
-def _as_it_came(seq: int, body: bytes) -> bytes:
+def _as_it_is(seq: int, body: bytes) -> bytes:
     return body

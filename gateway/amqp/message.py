@@ -752,12 +752,16 @@ def identity(body: bytes) -> bytes | None:
 
 def lineside_identity(message: Message) -> bytes | None:
     """As `identity`, but only for ids that a gateway gave: an app may use its own message-ids as often as it likes."""
+    given = given_id(message)
+    return None if given is None else blake2b(b"s" + given.encode(), digest_size=IDENTITY_BYTES).digest()
+
+
+def given_id(message: Message) -> str | None:
+    """The id that a gateway gave the message, None where none did."""
     given = message.annotations.get(ANNOTATION_ID)
     if not isinstance(given, str):
         given = message.message_id
-    if not isinstance(given, str) or not is_own_id(given):
-        return None
-    return blake2b(b"s" + given.encode(), digest_size=IDENTITY_BYTES).digest()
+    return given if isinstance(given, str) and is_own_id(given) else None
 
 
 def patch_ttl(body: bytes, ttl_ms: int) -> bytes:
@@ -874,6 +878,10 @@ class Stamp:
         if body[at : at + 3] in _AFTER_ANNOTATIONS:
             return b"%b%b%b" % (body[:at], self._section % seq, body[at:])
         return annotate(body, {ANNOTATION_ID: f"{self._mid}{seq:012x}"})
+
+    def carry(self, given: str, body: bytes) -> bytes:
+        """A message that has its identity from another gateway, for a hub that looks for duplicates elsewhere."""
+        return body if self._duplicate_property is None else _with_property(body, self._duplicate_property, given)
 
 
 def _short_header(body: bytes) -> int:

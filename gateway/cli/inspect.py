@@ -134,7 +134,14 @@ def _print_bridge(bridge: Mapping[str, Any]) -> None:
 
 def _hub_row(hub: Mapping[str, Any]) -> list[object]:
     since, retry = show_seconds(hub.get("since_s")), show_seconds(hub.get("retry_in_s"))
-    return [hub.get("name"), hub.get("state"), since, hub.get("url") or "-", hub.get("error") or "-", retry]
+    return [
+        hub.get("name"),
+        hub.get("state"),
+        since,
+        hub.get("url") or "-",
+        hub.get("error") or "; ".join(hub.get("notes", [])) or "-",
+        retry,
+    ]
 
 
 def _print_streams(streams: Iterable[Mapping[str, Any]]) -> None:

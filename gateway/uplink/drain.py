@@ -43,6 +43,8 @@ class Drain:
         self._resend_s = RESEND_S_MIN
         self._progress_at = 0.0
         self.settled = 0
+        # How often, since it took something, the peer has given messages back; and the first of the last ones.
+        self.given_back = self.given_back_seq = 0
         self.paused = False
 
     def attached(self, link: Sender, now: float) -> None:
@@ -53,6 +55,9 @@ class Drain:
         self._progress_at = now
 
     def detached(self) -> None:
+        """The link is gone; what the peer answered before it went still counts."""
+        if self._link is not None:
+            self._take_answers(self._link, self._progress_at)
         self._link = None
 
     @property
@@ -69,13 +74,11 @@ class Drain:
     def wake(self, now: float) -> bool:
         """Take answers, move the cursor, send what there is room for. True when the peer settled something."""
         link = self._link
-        # A link that is gone has forgotten its window: the cursor must not take that for "all settled".
-        if link is None or not link.alive:
+        if link is None:
             return False
-        moved = False
-        for outcome in link.take_outcomes():
-            self._progress_at = now
-            moved = self._judge(outcome, now) or moved
+        moved = self._take_answers(link, now)
+        if not link.alive:
+            return moved
         if self._resend_from is not None and not link.unsettled and now >= self._resend_at:
             self._next, self._resend_from = self._resend_from, None
         if self._resend_from is None and not self.paused:
@@ -83,6 +86,21 @@ class Drain:
             if link.draining and self._next >= self.stream.committed:
                 link.drained()
         self._move_cursor(link)
+        return moved
+
+    def _take_answers(self, link: Sender, now: float) -> bool:
+        """Also from a link that is gone by now: a peer may settle and detach, or end the session, in one breath.
+
+        Such a link has forgotten its window, which must not be taken for "all settled": the cursor goes up to the last
+        answer only. Answers come in the order sent and skip none.
+        """
+        moved, answered = False, 0
+        for outcome in link.take_outcomes():
+            self._progress_at = now
+            moved = self._judge(outcome, now) or moved
+            answered = outcome.seq + 1
+        if not link.alive:
+            self._move_to(answered)
         return moved
 
     def _judge(self, outcome: Outcome, now: float) -> bool:
@@ -96,6 +114,7 @@ class Drain:
                     self._done.update(range(first, outcome.seq + 1))
                 else:
                     self._resend_s = RESEND_S_MIN
+                    self.given_back = 0
                 return True
             case OutcomeKind.REJECTED:
                 for row in self.journal.read(self.stream, outcome.seq, 1):
@@ -105,6 +124,8 @@ class Drain:
                 return True
             case OutcomeKind.RELEASED | OutcomeKind.MODIFIED | OutcomeKind.UNKNOWN:
                 if self._resend_from is None:
+                    self.given_back += 1
+                    self.given_back_seq = outcome.seq
                     self._resend_from = outcome.seq
                     self._resend_at = now + self._resend_s
                     self._resend_s = min(RESEND_S_MAX, self._resend_s * 2)
@@ -158,7 +179,10 @@ class Drain:
 
     def _move_cursor(self, link: Sender) -> None:
         oldest = link.oldest_unsettled
-        position = self._next if oldest is None else oldest
+        self._move_to(self._next if oldest is None else oldest)
+
+    def _move_to(self, position: int) -> None:
+        """The cursor to `position`, but never over what is to be sent again."""
         if self._resend_from is not None:
             position = min(position, self._resend_from)
         self.journal.advance(self.stream, self.cursor, position)

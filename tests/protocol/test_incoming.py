@@ -30,6 +30,7 @@ class Bench:
         self.stream = self.journal.stream("local", "local")
         self.wire = Wire().attach(0)
         self.ttl_us: int | None = None
+        self.duplicate_property: str | None = None
         self.asked: list[str] = []
         self.number = 0
         self.incoming = Incoming(self.journal, self.wire.receiver, 100, "cab", self._resolve, lambda: None)
@@ -39,7 +40,8 @@ class Bench:
         self.asked.append(topic)
         if topic == "closed":
             raise Refused("amqp:unauthorized-access", "not you")
-        return Route(self.stream, topic, never, self.ttl_us, topic, None, True), Stamp("loco", "1.abcdef", "local")
+        stamp = Stamp("loco", "1.abcdef", "local", duplicate_property=self.duplicate_property)
+        return Route(self.stream, topic, never, self.ttl_us, topic, self.duplicate_property, True), stamp
 
     def send(self, *bodies: bytes) -> None:
         """The app sends, and what it sends is taken in."""
@@ -98,6 +100,18 @@ def test_an_app_may_use_a_message_id_as_often_as_it_likes(bench: Bench) -> None:
     bench.commit()
     stored = [decode(body) for _, body in bench.stored()]
     assert [(m.message_id, m.annotations[ANNOTATION_ID][-1]) for m in stored] == [("1", "1"), ("1", "2")]
+
+
+def test_the_next_hub_is_told_another_gateways_identity_where_it_looks_for_it(bench: Bench) -> None:
+    bench.duplicate_property = "_AMQ_DUPL_ID"
+    given = "edge:7.abcdef:alarms:000000000001"
+    bench.send(encode(b"a", message_id=given, subject="s", application_properties={"p": 1}), encode(b"b"))
+    bench.commit()
+    [first, second] = [decode(body) for _, body in bench.stored()]
+    assert (first.message_id, first.subject, first.body) == (given, "s", b"a")
+    assert first.application_properties == {"p": 1, "_AMQ_DUPL_ID": given}
+    assert first.annotations == {}
+    assert second.application_properties == {"_AMQ_DUPL_ID": second.annotations[ANNOTATION_ID]}
 
 
 def test_what_another_gateway_repeats_is_stored_once_and_accepted_each_time(bench: Bench) -> None:

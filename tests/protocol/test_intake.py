@@ -169,3 +169,27 @@ def test_credit_comes_back_with_settlement(bench: Bench) -> None:
     bench.journal.commit_now()
     bench.wire.run()
     assert bench.wire.sender.credit == 20
+
+
+def test_a_message_larger_than_its_stream_ever_holds_is_rejected_in_the_ledger_and_stops_nothing(bench: Bench) -> None:
+    bench.journal.close()
+    bench.open(bytes_max=1000)
+    bench.send(message("a"), message("x" * 2000), message("b"))
+    bench.journal.commit_now()
+    assert bench.intake.held == 0
+    bench.wire.run()
+    outcomes = bench.wire.sender.take_outcomes()
+    assert [o.kind for o in outcomes] == [ACCEPTED, REJECTED, ACCEPTED]
+    assert outcomes[1].condition == "amqp:link:message-size-exceeded"
+    assert outcomes[1].description is not None
+    assert "max_bytes 1000" in outcomes[1].description
+    assert bench.stored() == ["a", "b"]
+    [(reason, size)] = bench.journal.query("SELECT reason, size FROM loss")
+    assert (reason, size) == ("too-large", len(message("x" * 2000)))
+
+
+def test_credit_comes_back_also_where_all_of_it_went_to_what_was_rejected(bench: Bench) -> None:
+    bench.send(*[b"\xff\xff\xff"] * 20)
+    bench.wire.run()
+    assert [kind for kind, _ in bench.outcomes()] == [REJECTED] * 20
+    assert bench.wire.sender.credit == 20
