@@ -13,7 +13,11 @@ import click
 from gateway.cli.output import json_option, print_json, print_table
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gateway.simulate.disk import Disk
     from gateway.simulate.runner import Sample
+    from gateway.simulate.verify import Blow, Tried
 
 
 @click.command()
@@ -102,3 +106,108 @@ def simulate(
 
 def _unseen(_: Sample) -> None:
     """Programs get the result alone."""
+
+
+@click.command()
+@click.option("--cycles", type=click.IntRange(1, 1_000_000), default=25, show_default=True, help="How many blows.")
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path),
+    default=Path("lineside-verify"),
+    show_default=True,
+    help="On the disk to try; made if missing, and refused if anything is in it.",
+)
+@click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, by a real power cut perhaps.")
+@json_option
+def verify(cycles: int, directory: Path, resume: bool, as_json: bool) -> None:
+    """Try the promises on this machine's own disk: time its syncs, then kill daemons and cut the line while messages
+    are on their way, and hold what was acknowledged against what arrived.
+
+    Exits with 1 where a promise broke; the directory is then left as it is. Interrupted, it goes on with --resume.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from gateway.simulate.verify import Verify
+
+    console = Console(stderr=as_json)
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+    task = progress.add_task("starting", total=cycles)
+
+    def show(tried: Tried, blow: Blow | None) -> None:
+        progress.update(task, completed=tried.cycles, description="settling" if blow is None else blow.value)
+
+    run = Verify(directory, cycles, resume, show)
+    try:
+        with progress:
+            found = asyncio.run(run.run())
+    except KeyboardInterrupt:
+        raise click.ClickException(
+            f"interrupted after {run.tried.cycles} cycles; go on with `lineside verify --resume --directory "
+            f"{directory} --cycles {cycles}`"
+        ) from None
+    kept = run.tried.kept
+    if kept:
+        run.remove()
+    if as_json:
+        print_json(_verify_json(run.tried, found))
+    else:
+        _print_verify(console, run.tried, found, directory)
+    sys.exit(0 if kept else 1)
+
+
+def _promises(tried: Tried) -> list[tuple[str, str, int, int]]:
+    """Promise, what was counted, how many, how many are allowed."""
+    from gateway.simulate.verify import DUPLICATES_MAX
+
+    return [
+        ("P1", "not acknowledged", tried.unacknowledged, 0),
+        ("P1", "acknowledged and lost", tried.lost, 0),
+        ("P2", "out of order", tried.reordered, 0),
+        ("P3", "duplicates, most in one cycle", tried.duplicates_max, DUPLICATES_MAX),
+        ("P4", "lost and not in the ledger", tried.unaccounted, 0),
+    ]
+
+
+def _verify_json(tried: Tried, found: Disk) -> dict[str, object]:
+    from dataclasses import asdict
+
+    promises = [
+        {"promise": promise, "what": what, "measured": measured, "limit": limit, "kept": measured <= limit}
+        for promise, what, measured, limit in _promises(tried)
+    ]
+    return {"kept": tried.kept, "disk": asdict(found), "promises": promises, **asdict(tried)}
+
+
+def _print_verify(console: Console, tried: Tried, found: Disk, directory: Path) -> None:
+    mount, syncs = found.mount, found.syncs
+    kind = {True: "rotating", False: "not rotating", None: "unknown"}[mount.rotating]
+    pragmas = ", ".join(f"{name} = {value}" for name, value in found.pragmas.items())
+    rows = [
+        ("mount", f"{mount.point} ({mount.fs} on {mount.source}; {','.join(mount.options)})"),
+        ("device", f"{mount.device or 'none'}, {kind}, write cache {mount.write_cache or 'unknown'}"),
+        ("sync of 16 KiB", f"median {syncs.median_s * 1e3:.2f} ms, p99 {syncs.p99_s * 1e3:.2f} ms ({syncs.count})"),
+        ("journal", f"{pragmas}; synchronous = FULL, as configured"),
+    ]
+    print_table(("disk", "found"), rows)
+    for doubt in found.doubts:
+        console.print(f"[bold red]doubt[/]: {doubt}", highlight=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    if not found.doubts:
+        console.print("Nothing speaks against believing its syncs; only a power cut can prove them.", highlight=False)
+    blows = ", ".join(f"{count} × {name}" for name, count in tried.blows.items())
+    console.print(
+        f"\n{tried.cycles} cycles ({blows}); {tried.acknowledged:,} acknowledged, {tried.delivered:,} delivered, "
+        f"{tried.duplicates:,} of them twice",
+        highlight=False,
+        soft_wrap=True,
+    )
+    print_table(
+        ("promise", "what", ">counted", ">allowed", ""),
+        [(*row, "kept" if row[2] <= row[3] else "BROKEN") for row in _promises(tried)],
+    )
+    if not tried.kept:
+        console.print(f"[bold red]A promise broke.[/] Journals and record are in {directory}.", soft_wrap=True)

@@ -14,7 +14,7 @@ from gateway.simulate.runner import Result, Sample
 from gateway.simulate.view import amount
 
 WIDTH, HEIGHT = 920, 150
-LEFT, RIGHT, TOP, BOTTOM = 74, 14, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 10, 24
 LINE_HEIGHT = 34
 POINTS_MAX = 1500
 TICKS = 8
@@ -87,14 +87,14 @@ def render(result: Result) -> str:
         "<h2>Line</h2>",
         _line(result, end_s),
         _legend(result),
-        "<h2>Links up</h2>",
+        "<h2>Links up, gateways</h2>",
         _chart([("curve", [(s.at_s, float(s.links_up)) for s in samples])], end_s, "gateways", step=True),
-        "<h2>Backlog</h2>",
+        "<h2>Backlog, messages</h2>",
         _chart([("curve", backlog)], end_s, "messages", area=True),
-        "<h2>Rate</h2>",
+        "<h2>Rate, messages a second</h2>",
         _chart([("curve2", sent), ("curve", came)], end_s, "messages/s"),
         _key(("--curve2", "published"), ("--curve", "delivered")),
-        "<h2>Time on the way, up</h2>",
+        "<h2>Time on the way to the hub, seconds</h2>",
         _chart([("curve2", p99), ("curve", p50)], end_s, "s", log=True),
         _key(("--curve2", "99 % faster"), ("--curve", "median")),
         "<h2>Verdict</h2>",
@@ -196,7 +196,7 @@ def _chart(
     values = [value for _, curve in curves for _, value in curve if value is not None]
     if not values:
         return '<p class="facts">Nothing was measured.</p>'
-    low, high, marks = _scale(values, log)
+    low, high, marks = _scale(values, log, whole=step)
     bottom = HEIGHT - BOTTOM
 
     def y(value: float) -> float:
@@ -210,7 +210,6 @@ def _chart(
     for mark in marks:
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"/>')
         out.append(f'<text x="{LEFT - 6}" y="{y(mark) + 4:.1f}" text-anchor="end">{_figure(mark)}</text>')
-    out.append(f'<text x="4" y="{TOP + 4}" font-weight="600">{_text(unit)}</text>')
     for at in _ticks(end_s):
         out.append(f'<text x="{_x(at, end_s):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{_clock(at)}</text>')
     for name, curve in curves:
@@ -232,11 +231,11 @@ def _chart(
     return "".join([*out, "</svg>"])
 
 
-def _scale(values: Sequence[float], log: bool) -> tuple[float, float, list[float]]:
+def _scale(values: Sequence[float], log: bool, *, whole: bool = False) -> tuple[float, float, list[float]]:
     """Lowest and highest of the axis, and where it is marked."""
     if not log:
         high = _nice(max(values))
-        return 0.0, high, [0.0, high / 2, high]
+        return 0.0, high, [0.0, high] if whole else [0.0, high / 2, high]
     low = 10.0 ** math.floor(math.log10(max(min(values), 1e-4)))
     high = max(low * 10, 10.0 ** math.ceil(math.log10(max(max(values), 1e-4))))
     decades = round(math.log10(high / low))

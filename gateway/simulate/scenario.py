@@ -228,7 +228,8 @@ def loads(data: bytes | str, *, file: str = "scenario") -> Scenario:
             report.add_from_pydantic(each["type"], each["loc"], each.get("ctx") or {}, each["msg"])
     if scenario is not None:
         _check_together(scenario, report)
-        _check_config(scenario, report)
+        if not report.problems:
+            _check_config(scenario, report)
     if report.problems or scenario is None:
         raise ConfigErrors(report.problems)
     return scenario
