@@ -74,6 +74,7 @@ def render(result: Result) -> str:
     p99: Curve = [(s.at_s, s.latency_p99_s) for s in samples]
     sent, came = _rate(samples, "published"), _rate(samples, "delivered")
     count = result.scenario.gateways.count
+    cuts = f"{result.cuts} cut{'s' * (result.cuts != 1)}"
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -82,7 +83,7 @@ def render(result: Result) -> str:
         f"<h1>{_text(result.scenario.title)}</h1>",
         f'<p class="about">{_text(result.scenario.about)}</p>' if result.scenario.about else "",
         f"<p>{word}</p>",
-        f'<p class="facts">{count} gateway{"s" * (count > 1)}, {result.cuts} cuts in {result.seconds:.0f} s '
+        f'<p class="facts">{count} gateway{"s" * (count > 1)}, {cuts} in {result.seconds:.0f} s '
         f"(durations × {result.scale:g}), line broken by {_text(result.proxy)}.</p>",
         "<h2>Line</h2>",
         _line(result, end_s),

@@ -110,7 +110,9 @@ def print_verdict(console: Console, result: Result) -> None:
         figures = (way.published, way.delivered, way.lost, way.duplicates, way.reordered)
         table.add_row(way.app, way.direction, *(f"{figure:,}" for figure in figures))
     console.print(table)
-    table = Table(title=f"Verdict after {result.cuts} cuts, by {result.proxy}", title_justify="left")
+    table = Table(
+        title=f"Verdict after {result.cuts} cut{'s' * (result.cuts != 1)}, by {result.proxy}", title_justify="left"
+    )
     for name in ("promise", "what", "measured", "limit", ""):
         table.add_column(name, justify="right" if name in ("measured", "limit") else "left")
     for each in result.verdict:

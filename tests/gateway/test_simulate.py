@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from gateway.simulate import disk
+from gateway.simulate.proxy import free_ports
 from gateway.simulate.report import render
 from gateway.simulate.runner import Result, Sample, Simulation
 from gateway.simulate.scenario import loads
 from gateway.simulate.verify import STATE_FILE, count, read_record
+from tests.daemon import HUB_CONFIG, Daemon
 
 SHORT = """\
 title = "Short"
@@ -102,6 +104,23 @@ def test_the_built_in_proxy_does_where_toxiproxy_is_not(tmp_path: Path, monkeypa
     assert page.count("<svg") == 5
     assert 'fill="#4a4a55"><title>tunnel, ' in page
     assert not re.search(r"(nan|inf)[,\"]", page)
+
+
+def test_a_hub_that_runs_already_is_used_by_its_url(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    (tmp_path / "hub").mkdir()
+    hub = Daemon(tmp_path / "hub", HUB_CONFIG, port)
+    try:
+        hub.status()
+        text = SHORT.format(fault=FAULTS["tunnel"])
+        (tmp_path / "run").mkdir()
+        result = simulate(
+            text.replace("[[app]]", f'[hub]\nurl = "amqp://127.0.0.1:{port}"\n[[app]]', 1), tmp_path / "run"
+        )
+    finally:
+        hub.end()
+    assert result.kept, result.verdict
+    assert result.measured.cuts[0].resume_s
 
 
 def lineside(*words: str, cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
