@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import tempfile
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,6 +20,23 @@ if TYPE_CHECKING:
     from gateway.simulate.disk import Disk
     from gateway.simulate.runner import Sample
     from gateway.simulate.verify import Blow, Tried
+
+T = TypeVar("T")
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """As asyncio.run, and SIGTERM ends it as Ctrl-C does: by KeyboardInterrupt, with every daemon stopped before."""
+
+    async def guarded() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await coroutine
+
+    try:
+        return asyncio.run(guarded())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 @click.command()
@@ -88,13 +107,13 @@ def simulate(
     with tempfile.TemporaryDirectory(prefix="lineside-simulate-") as directory:
         if as_json:
             simulation = Simulation(checked, path.stem, Path(directory), _unseen, scale=scale, toxiproxy=toxiproxy)
-            result = asyncio.run(simulation.run())
+            result = _run(simulation.run())
         else:
             with View(checked, scale, console) as view:
                 simulation = Simulation(
                     checked, path.stem, Path(directory), view.show, scale=scale, toxiproxy=toxiproxy
                 )
-                result = asyncio.run(simulation.run())
+                result = _run(simulation.run())
     if report is not None:
         report.write_text(render(result), encoding="utf-8")
     if as_json:
@@ -142,7 +161,7 @@ def verify(cycles: int, directory: Path, resume: bool, as_json: bool) -> None:
     run = Verify(directory, cycles, resume, show)
     try:
         with progress:
-            found = asyncio.run(run.run())
+            found = _run(run.run())
     except KeyboardInterrupt:
         raise click.ClickException(
             f"interrupted after {run.tried.cycles} cycles; go on with `lineside verify --resume --directory "

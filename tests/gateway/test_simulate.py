@@ -172,7 +172,7 @@ def test_verify_keeps_every_promise_for_two_cycles_and_leaves_nothing_behind(tmp
     assert not (tmp_path / "try").exists()
 
 
-def test_an_interrupted_verify_is_resumed_with_its_record(tmp_path: Path) -> None:
+def test_an_interrupted_verify_stops_its_daemons_and_is_resumed_with_its_record(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "gateway", "verify", "--cycles", "500", "--directory", "try"],
         cwd=tmp_path,
@@ -187,7 +187,7 @@ def test_an_interrupted_verify_is_resumed_with_its_record(tmp_path: Path) -> Non
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # SIGINT takes the same way
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "go on with `lineside verify --resume" in errors
