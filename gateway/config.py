@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import stat
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,10 +26,15 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
 )
-from pydantic_core import PydanticCustomError
 
 from gateway.config_checks import check_all
-from gateway.config_problems import ConfigErrors, Problem, Report, syntax_problem
+from gateway.config_fields import check_name as _check_name
+from gateway.config_fields import from_value_error as _from_value_error
+from gateway.config_fields import read_document, toml_document
+from gateway.config_fields import seconds as _seconds
+from gateway.config_fields import size as _size
+from gateway.config_fields import wrong as _wrong
+from gateway.config_problems import ConfigErrors, Problem, Report
 from gateway.config_values import (
     ACCEPT_LOSS,
     ALLOW_PLAINTEXT,
@@ -42,16 +45,13 @@ from gateway.config_values import (
     Listen,
     fill,
     parse_broker_url,
-    parse_duration,
     parse_hub_url,
     parse_listen,
     parse_origin,
-    parse_size,
     show_duration,
     show_size,
     topic_filter_fault,
 )
-from gateway.toml_lines import key_lines
 from security.rules import Action, Rule, Who, check_pattern, parse_who, words
 
 __all__ = [
@@ -78,44 +78,7 @@ __all__ = [
     "parse_listen",
 ]
 
-CONFIG_MAX_BYTES = 4 << 20
 REQUESTER = "{requester}"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def _wrong(expected: str, write: str = "") -> PydanticCustomError:
-    return PydanticCustomError("lineside", "{expected}", {"expected": expected, "write": write})
-
-
-def _from_value_error(error: ValueError) -> PydanticCustomError:
-    expected = str(error.args[0])
-    return _wrong(expected, json.dumps(error.args[1]) if len(error.args) > 1 else "")
-
-
-def _size(lowest: int, highest: int = 1 << 46) -> BeforeValidator:
-    def check(value: object) -> int:
-        try:
-            size_bytes = parse_size(value)
-        except ValueError as error:
-            raise _from_value_error(error) from None
-        if not lowest <= size_bytes <= highest:
-            raise _wrong(f"a size from {show_size(lowest)} to {show_size(highest)}")
-        return size_bytes
-
-    return BeforeValidator(check)
-
-
-def _seconds(lowest: float, highest: float) -> BeforeValidator:
-    def check(value: object) -> float:
-        try:
-            duration_s = parse_duration(value)
-        except ValueError as error:
-            raise _from_value_error(error) from None
-        if not lowest <= duration_s <= highest:
-            raise _wrong(f"a duration from {show_duration(lowest)} to {show_duration(highest)}")
-        return duration_s
-
-    return BeforeValidator(check)
 
 
 def _phrase(phrase: str, risk: str) -> BeforeValidator:
@@ -127,14 +90,6 @@ def _phrase(phrase: str, risk: str) -> BeforeValidator:
         return True
 
     return BeforeValidator(check)
-
-
-def _check_name(value: object) -> object:
-    if isinstance(value, str) and not _NAME.fullmatch(value):
-        near = re.sub(r"[^A-Za-z0-9._-]+", "-", value).lstrip("._-")[:64]
-        expected = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
-        raise _wrong(expected, json.dumps(near) if near else "")
-    return value
 
 
 def _check_file(value: object, info: ValidationInfo) -> object:
@@ -519,26 +474,13 @@ def load(path: Path, *, check_files: bool = True) -> Config:
     `check_files=False` leaves out whether certificates, keys and passwords can be read: for commands that need
     none of them and may run as somebody who may not read them.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(CONFIG_MAX_BYTES + 1)
-    except OSError as error:
-        expected = f"a configuration file that can be read ({error.strerror})"
-        raise ConfigErrors([Problem(str(path), 1, "", "", expected, "")]) from None
-    if len(data) > CONFIG_MAX_BYTES:
-        expected = f"at most {show_size(CONFIG_MAX_BYTES)}"
-        raise ConfigErrors([Problem(str(path), 1, "", "a larger file", expected, "")])
+    data = read_document(path, "a configuration file")
     return loads(data, file=str(path), base=path.parent, check_files=check_files)
 
 
 def loads(data: bytes | str, *, file: str = "config", base: Path = Path(), check_files: bool = True) -> Config:
     """As `load`, from the content itself; paths in it are relative to `base`."""
-    text = data if isinstance(data, str) else _decode(data, file)
-    try:
-        raw = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigErrors([syntax_problem(file, text, str(error))]) from None
-    lines = key_lines(text)
+    raw, lines = toml_document(data, file)
     report = Report(Config, file, raw, lines)
     context = {"base": base.absolute()}
     config: Config | None = None
@@ -553,17 +495,6 @@ def loads(data: bytes | str, *, file: str = "config", base: Path = Path(), check
     for number, rule in enumerate(config.access):
         rule._line = lines.get(("access", number), 0)
     return config
-
-
-def _decode(data: bytes, file: str) -> str:
-    if data.startswith(b"\xef\xbb\xbf"):
-        data = data[3:]
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        found = f"byte 0x{data[error.start]:02x}"
-        raise ConfigErrors([Problem(file, line, "", found, "UTF-8 text", "")]) from None
 
 
 def explain(config: Config) -> list[str]:

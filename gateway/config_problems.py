@@ -166,7 +166,7 @@ def _keys(model: type[BaseModel]) -> list[str]:
 
 
 def _header(key: str) -> str:
-    return f"[[{key}]]" if key in ("hub", "outbound", "inbound", "access") else f"[{key}]"
+    return f"[[{key}]]" if key in ("hub", "outbound", "inbound", "access", "app", "step") else f"[{key}]"
 
 
 def _unknown_key(root: type[BaseModel], loc: KeyPath) -> tuple[str, str]:
@@ -187,7 +187,7 @@ def _unknown_key(root: type[BaseModel], loc: KeyPath) -> tuple[str, str]:
 
 def _missing_key(loc: KeyPath, field: FieldInfo | None) -> tuple[str, str]:
     description = field.description if field and field.description else "a value"
-    if len(loc) == 1:
+    if loc == ("gateway",):
         return description, f'{_header(str(loc[0]))} and id = "loco-4711" under it'
     return description, _example(loc, field)
 

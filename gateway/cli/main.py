@@ -19,6 +19,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("gateway.cli.check:run", "Run the gateway."),
     "check": ("gateway.cli.check:check", "Explain the configuration, or say what is wrong with it."),
     "demo": ("gateway.cli.check:demo", "Hub, gateway, tunnel and apps in one command."),
+    "simulate": ("gateway.cli.simulate:simulate", "Tunnels and other bad days as files, with a verdict."),
+    "verify": ("gateway.cli.simulate:verify", "Kills and cuts on this machine's own disk, with a verdict."),
     "status": ("gateway.cli.inspect:status", "What the gateway is doing."),
     "backlog": ("gateway.cli.inspect:backlog", "What waits in each stream, or in one of them."),
     "show": ("gateway.cli.inspect:show", "One message of a stream."),

@@ -326,7 +326,7 @@ class HubLink:
         # Each link has a session of its own: some hubs end the whole session for one attach they do not like.
         session = engine.session()
         if isinstance(config, Outbound):
-            way.advice = advice(attempt.peer, address)
+            way.advice = None if address is None else advice(attempt.peer, address)
             if way.advice is not None:
                 log.warning("the hub may lose messages", extra={"hub": self.hub.name, "note": way.advice})
             way.link = engine.sender(session, name, terminus)

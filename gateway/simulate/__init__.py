@@ -1,0 +1,1 @@
+"""Lines that fail on command, and what becomes of the promises there."""
