@@ -1,8 +1,8 @@
 """Fetches the brokers and tools that the tests run against, and says which are here.
 
 `python deploy/parts.py list` and `python deploy/parts.py fetch [--all | PART...]`. Needs the standard library only.
-Each part comes through its own ordinary client: Maven for Artemis and Qpid JMS, Go for Toxiproxy, npm for rhea, apt-get
-for the rest.
+Each part comes through its own ordinary client: Maven for Artemis and Qpid JMS, Go for Toxiproxy, npm for rhea and
+mqtt.js, apt-get for the rest.
 Fetched parts live in `.parts/` beside this directory, or in $LINESIDE_PARTS, under a name that holds their
 version. Knows nothing of how a part is started (tests/parts.py does).
 """
@@ -32,6 +32,12 @@ ARTEMIS_SHA512 = (
 ARTEMIS_JAVA_MIN = 17
 TOXIPROXY_VERSION = "2.12.0"
 TOXIPROXY_MODULE = f"github.com/Shopify/toxiproxy/v2/cmd/server@v{TOXIPROXY_VERSION}"
+MQTTJS_VERSION = "5.16.0"
+MQTTJS_SHA512 = (
+    "1b456c12db89cf9b0952064969a0033157d6ed22053f3908b8747e77aae4fad0"
+    "5e4b07427ddf416884727117ddd806f21431262e514cf920d07ad8bff886ce9f"
+)
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 QPID_JMS_VERSION = "2.6.1"  # as in deploy/examples/jms/pom.xml
 RHEA_VERSION = "3.0.5"  # as in deploy/examples/rhea/package.json
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -57,6 +63,16 @@ def artemis_home() -> Path:
 
 def toxiproxy_server() -> Path:
     return parts_dir() / f"toxiproxy-{TOXIPROXY_VERSION}" / "toxiproxy-server"
+
+
+def mqttjs() -> Path:
+    """The one file of mqtt.js that a browser loads."""
+    return parts_dir() / f"mqttjs-{MQTTJS_VERSION}" / "mqtt.min.js"
+
+
+def browser() -> str | None:
+    """A Chromium that runs without a screen."""
+    return next((path for name in BROWSERS if (path := program(name))), None)
 
 
 def qpid_jms_lib() -> Path:
@@ -121,6 +137,14 @@ def _missing_rabbitmq() -> str | None:
 
 def _missing_mosquitto() -> str | None:
     return None if program("mosquitto") else "Mosquitto is not installed (Debian: mosquitto mosquitto-clients)"
+
+
+def _missing_mqttjs() -> str | None:
+    return None if mqttjs().exists() else f"mqtt.js is not in {parts_dir()}: run deploy/parts.py fetch mqttjs"
+
+
+def _missing_chromium() -> str | None:
+    return None if browser() else "Chromium is not installed (Debian: chromium-headless-shell)"
 
 
 def _missing_qpid_jms() -> str | None:
@@ -205,6 +229,32 @@ def _fetch_mosquitto() -> None:
     _apt_install("mosquitto", "mosquitto-clients", services=("mosquitto.service",))
 
 
+def _fetch_mqttjs() -> None:
+    if program("npm") is None:
+        _apt_install("npm")
+    with tempfile.TemporaryDirectory(dir=parts_dir(), prefix="fetch-") as work:
+        _run("npm", "pack", "--silent", f"mqtt@{MQTTJS_VERSION}", cwd=work)
+        archive = Path(work, f"mqtt-{MQTTJS_VERSION}.tgz")
+        if not archive.exists():
+            raise FetchError(f"npm left no {archive.name}")
+        digest = hashlib.sha512(archive.read_bytes()).hexdigest()
+        if digest != MQTTJS_SHA512:
+            raise FetchError(f"{archive.name} has SHA-512 {digest}, not the expected one")
+        with tarfile.open(archive) as tar:
+            member = tar.extractfile(f"package/dist/{mqttjs().name}")
+            assert member is not None
+            Path(work, mqttjs().name).write_bytes(member.read())
+        mqttjs().parent.mkdir(exist_ok=True)
+        Path(work, mqttjs().name).rename(mqttjs())
+
+
+def _fetch_chromium() -> None:
+    try:
+        _apt_install("chromium-headless-shell")  # no windows, no sound: a third less to fetch
+    except FetchError:
+        _apt_install("chromium")
+
+
 def _apt_install(*packages: str, services: Sequence[str] = ()) -> None:
     """Install Debian packages without leaving their services running or enabled."""
     wanted = " ".join(packages)
@@ -273,6 +323,8 @@ PARTS = {
         Part("qpid-jms", "Qpid JMS, an AMQP client in Java", _missing_qpid_jms, _fetch_qpid_jms),
         Part("rhea", "rhea, an AMQP client in Node", _missing_rhea, _fetch_rhea),
         Part("toxiproxy", "Toxiproxy, links that fail on command", _missing_toxiproxy, _fetch_toxiproxy),
+        Part("mqttjs", "mqtt.js, for the page of the examples", _missing_mqttjs, _fetch_mqttjs),
+        Part("chromium", "a browser that shows that page", _missing_chromium, _fetch_chromium),
     )
 }
 

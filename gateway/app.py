@@ -29,13 +29,11 @@ from gateway.control import ControlServer
 from gateway.errors import ConfigError, LinesideError
 from gateway.mqtt.connection import Limits
 from gateway.mqtt.listener import MqttListener
-from gateway.mqtt.websocket import Rules
-from gateway.mqtt.websocket_driver import WebSocketProtocol
 from gateway.notify import Notifier, set_up_logging
 from gateway.transports import Handshakes, ServerTls, TlsFiles, open_server
 from gateway.uplink import netlink
 from gateway.uplink.hub import HubLink
-from security.tls import TLSFileError
+from security.tls_faults import TLSFileError
 from storeforward import maintenance
 from storeforward.errors import JournalError, JournalFull
 from storeforward.journal import Batch, Journal
@@ -197,6 +195,7 @@ class App:
                 self.journal,
                 self.committer.kick,
                 self.broker.retain_received,
+                self.broker.requests,
             )
             self._hubs.append(link)
             link.start()
@@ -456,7 +455,11 @@ class App:
 
 def _over_websocket(
     factory: Any, listen: Listen, origins: frozenset[str], handshakes: Handshakes
-) -> Callable[[], WebSocketProtocol]:
+) -> Callable[[], asyncio.Protocol]:
+    # Memory that a gateway without a page to serve need not spend.
+    from gateway.mqtt.websocket import Rules
+    from gateway.mqtt.websocket_driver import WebSocketProtocol
+
     rules = Rules(listen.url_path, origins, listen.loopback)
     return lambda: WebSocketProtocol(factory, rules, handshakes)
 

@@ -64,6 +64,7 @@ class Bridge:
         assert config.bridge is not None
         self.config: BridgeConfig = config.bridge
         self._client_id = self.config.client_id_for(config.gateway.id)
+        self._gateway = config.gateway.id
         self._topics = config.bridge_topics
         self._journal = broker.journal
         self._kick = kick
@@ -583,7 +584,7 @@ class Bridge:
         client = self._client
         assert client is not None
         check_topic(topic)
-        properties = _to_paho(message, expiry_s) if self.config.version == "5.0" else None
+        properties = _to_paho(message, expiry_s, self._gateway) if self.config.version == "5.0" else None
         if self._packet_bytes_max is not None:
             size = PUBLISH_OVERHEAD_BYTES + len(topic.encode()) + len(message.body)
             size += 1 if properties is None else len(properties.pack())  # type: ignore[no-untyped-call]
@@ -628,7 +629,7 @@ class _RenewedContext(ssl.SSLContext):
         super().__init__()
 
     def wrap_socket(self, sock: socket.socket, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
-        from security.tls import client_context  # 8 MB of memory that a bridge on loopback need not spend
+        from security.tls import client_context  # OpenSSL is memory that a bridge on loopback need not spend
 
         return client_context(*self._files).wrap_socket(sock, *args, **kwargs)
 
@@ -640,9 +641,11 @@ def _from_paho(properties: Properties) -> PublishProperties | None:
     response_topic = values.get("ResponseTopic")
     correlation = values.get("CorrelationData")
     pairs = values.get("UserProperty")
-    if expiry_s is content_type is response_topic is correlation is pairs is None:
+    payload_format = values.get("PayloadFormatIndicator")
+    if expiry_s is content_type is response_topic is correlation is pairs is payload_format is None:
         return None
     return PublishProperties(
+        payload_format_indicator=payload_format,
         message_expiry_interval=expiry_s,
         response_topic=response_topic,
         correlation_data=correlation,
@@ -651,9 +654,9 @@ def _from_paho(properties: Properties) -> PublishProperties | None:
     )
 
 
-def _to_paho(message: Message, expiry_s: int | None) -> Properties | None:
+def _to_paho(message: Message, expiry_s: int | None, gateway: str) -> Properties | None:
     """Raises ValueError where a property is longer than MQTT has a length for (MQTT 5.0 §1.5.4)."""
-    found = to_mqtt(message)
+    found = to_mqtt(message, gateway)
     if found is None and expiry_s is None:
         return None
     properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
@@ -665,9 +668,11 @@ def _to_paho(message: Message, expiry_s: int | None) -> Properties | None:
     texts += [found.content_type or "", found.response_topic or ""]
     if max(len(found.correlation_data or b""), *(len(text.encode()) for text in texts)) > TEXT_BYTES_MAX:
         raise ValueError(f"a property is longer than the {TEXT_BYTES_MAX} bytes that MQTT has room for")
-    if found.content_type:
+    if found.payload_format_indicator is not None:
+        properties.PayloadFormatIndicator = found.payload_format_indicator
+    if found.content_type is not None:
         properties.ContentType = found.content_type
-    if found.correlation_data:
+    if found.correlation_data is not None:
         properties.CorrelationData = found.correlation_data
     if found.user_property:
         properties.UserProperty = list(found.user_property)

@@ -18,6 +18,7 @@ from gateway.mqtt.delivery import Delivery
 from gateway.mqtt.mapping import ANNOTATION_SOURCE, append_with, template_with
 from gateway.mqtt.topics import split_shared
 from gateway.mqtt.tree import FilterTree
+from gateway.replies import Requests
 from gateway.retained import Retained, RetainedStore
 from gateway.routing import Router, filters_overlap, inbound_filter
 from gateway.sessions import Due, Feed, Item, Outlet, SentState, Session, ShareGroup, Subscription, Want
@@ -57,6 +58,7 @@ class Broker:
         self.shares: dict[tuple[str, str], ShareGroup] = {}
         self.retained = RetainedStore(journal, config.mqtt.retained_max if config.mqtt is not None else 0)
         self.wills = Wills(journal)
+        self.requests = Requests(journal)
         self.schedule: Callable[[float], None] = lambda delay_s: None
         self._tree: FilterTree[tuple[Reader, str]] = FilterTree()
         self._audiences: dict[tuple[int, str], dict[Reader, Want]] = {}
@@ -83,14 +85,15 @@ class Broker:
         for inbound in config.inbound:
             limits = StreamLimits(inbound.max_bytes, inbound.max_messages, seen_max=inbound.dedup)
             stream = journal.stream(inbound.stream, "inbound", limits)
-            self._filters[stream] = [inbound_filter(inbound, config.gateway.id)]
+            self._filters[stream] = [inbound_filter(inbound, config)]
         limits = StreamLimits(config.local.max_bytes, config.local.max_messages, WhenFull(config.local.when_full))
         local = journal.stream(LOCAL, "local", limits)
         self._filters[local] = ["#"]
         return local
 
     def _router(self) -> Router:
-        return Router(self.config, self.journal.streams, self.local, self.journal.epoch_token, self._read_locally)
+        journal = self.journal
+        return Router(self.config, journal.streams, self.local, journal.epoch_token, self._read_locally, self.requests)
 
     def reload(self, config: Config) -> None:
         """Take over new routes and limits; sessions stay and read new streams, too."""
@@ -183,7 +186,7 @@ class Broker:
             self._feed(session)
         for share in self.shares.values():
             self._feed_share(share)
-        self._drop_orphans()
+        self._adopt_orphans()
         by_id = {s.id: s for s in self.journal.streams.values()}
         for client_id, stream_id, seq, packet_id, state in query(
             "SELECT client_id, stream, seq, packet_id, state FROM mqtt_outgoing ORDER BY client_id, stream, seq"
@@ -197,12 +200,24 @@ class Broker:
         ):
             self.sessions[client_id].restore_due(n, Due(topic, qos, tuple(json.loads(identifiers))))
 
-    def _drop_orphans(self) -> None:
-        """Cursors of shared subscriptions whose last subscriber was not durable."""
+    def _adopt_orphans(self) -> None:
+        """Cursors that no subscription needs: of shared ones whose last member was not durable, and of sessions.
+
+        A session reads on where messages of QoS 2 are under way to it; any other cursor would hold its stream for good.
+        """
         names = {share.cursor_name for share in self.shares.values()}
+        under_way = set(self.journal.query("SELECT DISTINCT client_id, stream FROM mqtt_outgoing"))
         for stream in self.journal.streams.values():
-            for name in [n for n in stream.cursors if n.startswith("share:") and n not in names]:
-                self.journal.drop_cursor(stream, name)
+            for name, cursor in list(stream.cursors.items()):
+                if not name.startswith(("mqtt:", "share:")) or name in names:
+                    continue
+                session = self.sessions.get(name[5:]) if name.startswith("mqtt:") else None
+                if session is not None and stream in session.feeds:
+                    continue
+                if session is not None and (session.client_id, stream.id) in under_way:
+                    session.feeds[stream] = Feed(stream, cursor, cursor.position)
+                else:
+                    self.journal.drop_cursor(stream, name)
 
     def connect(self, connect: Connect, client_id: str, expiry_s: int | None, outlet: Outlet) -> tuple[Session, bool]:
         """The client's session, and whether it was there before. Call `attach` once the client may be sent something.
@@ -279,7 +294,7 @@ class Broker:
         if session.durable:
             self.journal.execute("DELETE FROM mqtt_session WHERE client_id = ?", (session.client_id,))
         self._subscriptions_changed()
-        will = self.wills.forget(session.client_id)
+        will = self.wills.get(session.client_id)
         if will is not None:
             self._publish_will(will)
 
@@ -323,24 +338,28 @@ class Broker:
         """What time brings: wills, and sessions that have expired."""
         self.expire_sessions()
         self.run_wills()
+        self.requests.expire(self.journal.age_us())
 
     def run_wills(self) -> None:
         """Publish the wills that are due; have the next one scheduled."""
         now = self.journal.age_us()
         for will in self.wills.due(now):
-            self.wills.forget(will.client_id)
             self._publish_will(will)
         due = self.wills.next_due()
         if due is not None:
             self.schedule(max(0.0, (due - now) / 1e6))
 
     def _publish_will(self, will: Testament) -> None:
-        log.info("will published", extra={"client": will.client_id, "topic": will.topic})
+        log.info("will is due", extra={"client": will.client_id, "topic": will.topic})
         try:
             self.publish(will.topic, will.qos, will.retain, will.payload, will.properties, self.journal.age_us())
         except JournalFull as error:
+            if self.journal.disk_full:
+                self.wills.postpone(will)
+                return
             log.error("will lost", extra={"client": will.client_id, "topic": will.topic, "error": error.reason})
             self.journal.lose(error.stream, 0, "will-refused", len(will.payload), will.client_id)
+        self.wills.published(will)
 
     # ------------------------------------------------------------------ subscriptions
 
@@ -379,14 +398,11 @@ class Broker:
         return codes, retained
 
     def _since(self, session: Session, filter_: str) -> dict[str, int]:
-        """From where on a new subscription counts: from the next message, where the session reads already.
-
-        A stream that it begins to read it reads from where its cursor begins: what is held for a first reader counts.
-        """
+        """From where on a new subscription counts: from the next message; what is held for a first reader counts."""
         return {
-            stream.name: stream.next_seq
+            stream.name: stream.next_seq if stream in session.feeds else self.journal.cursor_start(stream)
             for stream, filters in self._filters.items()
-            if (stream in session.feeds or stream is self.local) and any(filters_overlap(filter_, f) for f in filters)
+            if any(filters_overlap(filter_, f) for f in filters)
         }
 
     def owe_retained(self, session: Session, filters: list[str]) -> bool:
@@ -605,7 +621,7 @@ class Broker:
 
     def decoded(self, topic: str, body: bytes, expires_age_us: int | None) -> Delivery:
         try:
-            return Delivery.of(topic, body, expires_age_us)
+            return Delivery.of(topic, body, expires_age_us, self.config.gateway.id)
         except MessageError:
             log.error("a journaled message does not decode; its bytes are handed on", extra={"topic": topic})
             return Delivery(topic, body, 1, False, None, None, expires_age_us)

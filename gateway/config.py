@@ -79,6 +79,7 @@ __all__ = [
 ]
 
 CONFIG_MAX_BYTES = 4 << 20
+REQUESTER = "{requester}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -287,7 +288,7 @@ class Mqtt(_Listener):
     )
     receive_maximum: Annotated[StrictInt, Field(ge=1, le=65535)] = 1000
     clients_max: Annotated[StrictInt, Field(ge=1, le=100_000)] = 1000
-    keep_alive_max_s: Annotated[StrictInt, Field(ge=1, le=65535)] = 3600
+    keep_alive_max_s: Annotated[StrictInt, Field(ge=1, le=65535)] = 60
     session_expiry_max_s: Annotated[float, _seconds(0, 10 * 365 * 86400)] = Field(
         default=30 * 86400.0, alias="session_expiry_max", examples=["30d"]
     )
@@ -384,7 +385,7 @@ class Outbound(_Table):
         min_length=1, max_length=1000, description="the topics it takes", examples=[["alarm/#"]]
     )
     hub: Name = Field(description="the name of a [[hub]]", examples=["depot"])
-    address: Annotated[str, _template("gateway", "stream")] = Field(
+    address: Annotated[str, _template("gateway", "stream", "requester")] = Field(
         description="the hub's address to send to", examples=["edge.{gateway}.alarms"]
     )
     class_: Literal["urgent", "normal", "bulk"] = Field(default="normal", alias="class")
@@ -392,10 +393,23 @@ class Outbound(_Table):
     max_messages: Count = 1_000_000
     when_full: Literal["refuse", "drop-oldest"] = "refuse"
     ttl_s: Annotated[float, _seconds(0.001, 4294967.295)] | None = Field(default=None, alias="ttl", examples=["1h"])
+    reply_to: Annotated[str, _template("gateway")] | None = Field(default=None, examples=["edge.{gateway}.replies"])
+    reply_timeout_s: Annotated[float, _seconds(1, 30 * 86400)] = Field(
+        default=300.0, alias="reply_timeout", examples=["5m"]
+    )
+
+    @property
+    def answers(self) -> str | None:
+        """What the topics begin with that go to the reply-to of a request from the hub; None of any other stream."""
+        return self.topics[0][:-1] if self.address == REQUESTER else None
+
+    def reply_to_for(self, gateway: str) -> str | None:
+        """The reply address with its placeholder filled; it is that of an inbound stream of the same hub."""
+        return None if self.reply_to is None else fill(self.reply_to, gateway=gateway)
 
     def address_for(self, gateway: str) -> str:
         """The address with its placeholders filled."""
-        return fill(self.address, gateway=gateway, stream=self.stream)
+        return fill(self.address, gateway=gateway, stream=self.stream, requester="(reply-to)")
 
 
 class Inbound(_Table):
@@ -705,6 +719,19 @@ def _explain_outbound(outbound: Outbound, config: Config) -> list[str]:
         f"{outbound.address_for(config.gateway.id)}, up to {show_size(outbound.max_bytes)} and "
         f"{outbound.max_messages} messages{ttl}; when full, {_WHEN_FULL[outbound.when_full]}"
     ]
+    if outbound.answers is not None:
+        lines.append(
+            f"requests from {outbound.hub} reach local apps with a response topic below {outbound.answers}; what they "
+            "publish there goes to the request's reply-to"
+        )
+        if config.hub(outbound.hub).kind == "rabbitmq":
+            lines.append(f"note: RabbitMQ before 4.0 has no anonymous terminus, which stream {outbound.stream} needs")
+    if outbound.reply_to is not None:
+        lines.append(
+            f"replies to requests on stream {outbound.stream} come in at "
+            f"{outbound.reply_to_for(config.gateway.id)}, for {show_duration(outbound.reply_timeout_s)} unless the "
+            "request itself says how long"
+        )
     if config.mqtt and outbound.max_bytes < 2 * config.mqtt.packet_max_bytes:
         lines.append(f"note: stream {outbound.stream} is full after one packet of packet_max")
     return lines

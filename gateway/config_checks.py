@@ -372,6 +372,56 @@ def _check_streams(raw: Mapping[str, Any], report: Report) -> None:
                 if "address" in table and addresses.setdefault(source, here) != here:
                     other = dotted(addresses[source])
                     report.add((*here, "address"), f"another address than that of {other}, of the same hub")
+    for number, table in _tables(raw, "outbound"):
+        _check_reply_to(("outbound", number), table, raw, report)
+    _check_answers(raw, report)
+
+
+def _check_answers(raw: Mapping[str, Any], report: Report) -> None:
+    """Answers to a hub's requests: one stream a hub, its one filter the prefix of all their topics."""
+    hubs: dict[str, KeyPath] = {}
+    for number, table in _tables(raw, "outbound"):
+        address, hub = table.get("address"), table.get("hub")
+        if not isinstance(address, str) or "{requester}" not in address:
+            continue
+        here: KeyPath = ("outbound", number)
+        if address != "{requester}":
+            report.add((*here, "address"), "{requester} alone, as it is a whole address", 'address = "{requester}"')
+        topics = table.get("topics")
+        found = [each for _, each in _strings(topics)]
+        prefix = found[0][:-2] if len(found) == 1 and found[0].endswith("/#") else ""
+        if isinstance(topics, list) and (not prefix or "+" in prefix):
+            expected = "one filter that ends with /# and has no other wildcard, for answers to requests of the hub"
+            report.add((*here, "topics"), expected, f'topics = ["reply/{hub}/#"]')
+        if isinstance(hub, str) and hubs.setdefault(hub, here) != here:
+            report.add((*here, "address"), f"no second stream for answers to {hub}, which {dotted(hubs[hub])} has")
+
+
+def _check_reply_to(here: KeyPath, table: Mapping[str, Any], raw: Mapping[str, Any], report: Report) -> None:
+    """Replies come in where an inbound stream of the same hub receives."""
+    reply_to = table.get("reply_to")
+    if reply_to is None and "reply_timeout" in table:
+        report.add((*here, "reply_to"), "it beside `reply_timeout`", report.example((*here, "reply_to")), missing=True)
+    if not isinstance(reply_to, str):
+        return
+    gateway = _table(raw, "gateway").get("id")
+    addresses = {
+        _filled(each["address"], gateway, each.get("stream")): each["address"]
+        for _, each in _tables(raw, "inbound")
+        if isinstance(each.get("address"), str) and each.get("hub") == table.get("hub")
+    }
+    if _filled(reply_to, gateway, None) in addresses:
+        return
+    near = difflib.get_close_matches(reply_to, addresses, 1, 0.5)
+    there = f"this hub has {', '.join(addresses)}" if addresses else "this hub has none"
+    expected = f"the address of an [[inbound]] of the same hub, where replies can come in ({there})"
+    loc: KeyPath = (*here, "reply_to")
+    report.add(loc, expected, assign(loc, json.dumps(near[0])) if near else "an [[inbound]] with this address")
+
+
+def _filled(template: str, gateway: Any, stream: Any) -> str:
+    filled = template.replace("{gateway}", gateway) if isinstance(gateway, str) else template
+    return filled.replace("{stream}", stream) if isinstance(stream, str) else filled
 
 
 def _hub_names(raw: Mapping[str, Any]) -> list[str] | None:

@@ -29,6 +29,10 @@ PUMP_ROWS_MAX = 4096
 # Rows that a client may have acknowledged without the journal knowing: they would go again after a crash.
 LAZY_ROWS_MAX = 64
 GROUP_ROWS_A_TURN = 16
+# Rows of a stream that may be sent to a client behind one that it does not acknowledge.
+AHEAD_ROWS_MAX = 4096
+# Retained messages that one session is owed: more than a gateway retains by default.
+DUE_MAX = 200_000
 
 
 class Outlet(Protocol):
@@ -124,7 +128,10 @@ class SentState(IntEnum):
 
 @dataclass(eq=False, slots=True)
 class Sent:
-    """`place`: the feed it was read from, the group that handed it out, or None: retained, and seq is its number."""
+    """`place`: the feed it was read from, the group that handed it out, or None: retained, and seq is its number.
+
+    `restored`: begun before a restart, so that what its subscriptions ask for has to be looked up again.
+    """
 
     packet_id: int
     place: Feed | Group | None
@@ -134,6 +141,7 @@ class Sent:
     tried: bool = False
     retain: bool = False
     identifiers: tuple[int, ...] = ()
+    restored: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -143,6 +151,8 @@ class Feed:
     `order`: what was sent and is not passed by the cursor. `again`: of that, what a new connection has to be sent.
     `live`: nothing before the newest commit is wanted that was not sent, wherever `next` stands.
     `parked`: the row at `next` waits for a client that is away.
+    `reached`: what is before it was looked at once: sent, or not wanted. At QoS 0 it is not sent again.
+    `more`: there are rows that were not looked at, only because it takes long.
     """
 
     stream: Stream
@@ -152,6 +162,8 @@ class Feed:
     again: dict[int, Sent] = field(default_factory=dict)
     live: bool = False
     parked: bool = False
+    reached: int = 0
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,25 +264,26 @@ class Session:
             del self.sent[sent.packet_id]
         self._due_again = {n: s for n, s in self._due_sent.items() if s.state is not SentState.DONE}
         for feed in self.feeds.values():
-            feed.next = feed.cursor.position
             feed.again = {s.seq: s for s in feed.order}
             feed.parked = False
             # Not for the newest commit only: what came while nobody was here waits, too.
             feed.live = feed.live and not feed.order
-            if feed.live:
-                feed.next = feed.stream.committed
+            if not feed.live:  # else `woken` will say where to go on, perhaps about a commit that is being told
+                feed.next = feed.cursor.position
 
     def restore(self, stream: Stream | None, seq: int, packet_id: int, state: SentState) -> None:
         """What the journal remembers of a message of QoS 2 under way. In order of stream and seq."""
         feed = None if stream is None else self.feeds.get(stream)
-        sent = Sent(packet_id, feed, seq, 2, state, tried=True)
+        sent = Sent(packet_id, feed, seq, 2, state, tried=True, restored=True)
         if feed is not None:
             if seq < feed.cursor.position:
-                self._journal.execute(
-                    "DELETE FROM mqtt_outgoing WHERE client_id = ? AND stream = ? AND seq = ?",
-                    (self.client_id, feed.stream.id, seq),
-                )
-                return
+                if state is SentState.DONE:
+                    self._journal.execute(
+                        "DELETE FROM mqtt_outgoing WHERE client_id = ? AND stream = ? AND seq = ?",
+                        (self.client_id, feed.stream.id, seq),
+                    )
+                    return
+                sent.state = SentState.RELEASED  # a limit moved the cursor past it, and the client may have its id
             feed.order.append(sent)
         elif stream is not None:
             return
@@ -284,8 +297,15 @@ class Session:
     def owe(self, messages: Iterable[tuple[Retained, int, tuple[int, ...]]]) -> bool:
         """Retained messages to give the client before anything newer; whether that waits for a commit."""
         added = False
+        waiting = {due for n, due in self.due.items() if n not in self._due_sent}
         for message, qos, identifiers in messages:
-            self.due[self._due_next] = Due(message.topic, qos, identifiers)
+            due = Due(message.topic, qos, identifiers)
+            if due in waiting:
+                continue  # a client that subscribes again and again, and does not read, is owed no more by it
+            if len(self.due) >= DUE_MAX:
+                self._journal.lose("retained", 0, "too-many-due", message.size, self.cursor_name)
+                continue
+            self.due[self._due_next] = due
             if self.durable:
                 self._journal.execute(
                     "INSERT INTO mqtt_retained_due VALUES (?, ?, ?, ?, ?)",
@@ -315,9 +335,11 @@ class Session:
             if delivery is None or not outlet.takes(delivery, qos, due.identifiers):
                 if delivery is not None:
                     self._too_large(delivery, "retained", 0)
-                self._forget_due(n)
-                if again is not None:
-                    self.sent.pop(again.packet_id, None)
+                if again is None:
+                    self._forget_due(n)
+                else:
+                    del self._due_again[n]
+                    self._abandon([again])
                 continue
             if not qos:
                 self._now(_Planned(delivery, 0, True, due.identifiers, 0, None), outlet)
@@ -373,6 +395,8 @@ class Session:
         feed = self.feeds.get(stream)
         if outlet is None or feed is None or not feed.live or self.due or self._plan is not None or outlet.congested:
             return False
+        if len(feed.order) >= AHEAD_ROWS_MAX:
+            return False
         for seq, delivery, want in items:
             if seq < feed.next:
                 continue  # a SUBACK of the same commit has had the session pumped already
@@ -394,9 +418,10 @@ class Session:
                 feed.order.append(sent)
             feed.next = seq + 1
         else:
+            feed.reached = feed.next
             outlet.flush()
             return True
-        feed.next = seq
+        feed.next = feed.reached = seq
         feed.live = False
         self.pump()
         return True
@@ -408,8 +433,10 @@ class Session:
 
     def caught_up(self) -> None:
         """Move the place over rows that nobody here wants; they hold up the deletion of what is before them."""
+        if self.outlet is not None and any(feed.more for feed in self.feeds.values()):
+            self.pump()
         for feed in self.feeds.values():
-            if feed.next >= feed.stream.committed or feed.order:
+            if feed.cursor.position >= feed.stream.committed or feed.order:
                 continue
             if feed.live:
                 feed.next = feed.stream.committed
@@ -466,6 +493,8 @@ class Session:
                     done = False
                     break
                 feed.next = row.seq + 1
+        feed.reached = max(feed.reached, feed.next)
+        feed.more = budget <= 0 and done and feed.next < stream.committed
         if feed.again:
             self._give_up(feed)
         feed.live = feed.next >= stream.committed and not feed.again
@@ -474,11 +503,18 @@ class Session:
 
     def _give_up(self, feed: Feed) -> None:
         """Of what was to be sent again, rows that are not there any more (the ledger says why)."""
-        for seq in [seq for seq in feed.again if seq < feed.next]:
-            sent = feed.again.pop(seq)
-            if sent.state is SentState.SENT:
-                sent.state = SentState.DONE
-                self.sent.pop(sent.packet_id, None)
+        gone = [feed.again.pop(seq) for seq in [seq for seq in feed.again if seq < feed.next]]
+        self._abandon([sent for sent in gone if sent.state is SentState.SENT])
+
+    def _abandon(self, gone: list[Sent]) -> None:
+        """These can't be sent again. Of QoS 2 the client may have the id, and would take a new message for the old.
+
+        A release frees it on both sides, whether the client has it or not (§4.3.3, and reason 0x92 of §3.7.2.1).
+        """
+        self.acked([sent.packet_id for sent in gone if sent.qos < 2 or not sent.tried])
+        release = [sent.packet_id for sent in gone if sent.qos == 2 and sent.tried]
+        if release:
+            self.received(release)
 
     def _offer(self, feed: Feed, row: Row, outlet: Outlet) -> bool:
         """Send one row if it is wanted. False when the client's window is full."""
@@ -487,10 +523,20 @@ class Session:
             # Begun once, it is finished, whatever was unsubscribed or expired meanwhile (MQTT-3.10.4-3).
             if again.state is SentState.SENT:
                 delivery = self._desk.delivery(feed.stream, row)
+                if again.restored:
+                    want = self._desk.audience(feed.stream, row.topic).get(self)
+                    want = None if want is None else want.at(feed.stream.name, row.seq)
+                    if want is not None:
+                        again.identifiers = want.identifiers
+                        again.retain = delivery.retain and want.retain_as_published
                 if not self._send(delivery, again.qos, again.retain, again.identifiers, feed, row.seq, outlet, again):
                     return False
             del feed.again[row.seq]
             return True
+        if row.seq < feed.reached:
+            return True
+        if len(feed.order) >= AHEAD_ROWS_MAX:
+            return False
         want = self._desk.audience(feed.stream, row.topic).get(self)
         if want is not None and row.seq < want.since:
             want = want.at(feed.stream.name, row.seq)
@@ -651,8 +697,7 @@ class Session:
     def _settle(self, feed: Feed) -> None:
         order = feed.order
         exact = False
-        passed = feed.cursor.position  # by somebody else: a limit moved it
-        while order and (order[0].seq < passed or (order[0].state is SentState.DONE and order[0].seq < feed.next)):
+        while order and order[0].state is SentState.DONE and order[0].seq < feed.next:
             exact = exact or order[0].qos == 2
             order.popleft()
         position = min(order[0].seq, feed.next) if order else feed.next
@@ -677,6 +722,10 @@ class Session:
                 "INSERT OR REPLACE INTO mqtt_incoming VALUES (?, ?)", (self.client_id, packet_id)
             )
         return True
+
+    def has_in(self, packet_ids: Iterable[bytes]) -> bool:
+        """Whether messages of QoS 2 came with these ids, are stored or about to be, and are not released."""
+        return all(int.from_bytes(packet_id, "big") in self.incoming for packet_id in packet_ids)
 
     def take_back(self, packet_id: int) -> None:
         """Its message was not stored: the client will send it again as a new one."""
@@ -711,7 +760,7 @@ class ShareGroup:
 
     @property
     def cursor_name(self) -> str:
-        return f"share:{self.name}:{self.filter}"
+        return f"share:{self.name}/{self.filter}"  # a name has no slash: no two groups share a cursor
 
     def wants(self, row: Row) -> bool:
         return filter_matches(self.filter, row.topic)
@@ -743,6 +792,8 @@ class ShareGroup:
         """With nobody here, move over rows that the group does not want, as far as they are the next."""
         for group in self.feeds.values():
             group.skip_unwanted()
+        if self.here and any(group.behind for group in self.feeds.values()):
+            self.pump()
 
     def pump(self) -> None:
         """A few rows to each member in turn, as long as anybody takes any."""

@@ -6,13 +6,15 @@ Times are microseconds on the journal's age clock. Knows no socket and does not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.mqtt.codec import PublishProperties, Will, decode_publish_properties, encode_properties
+from storeforward.errors import JournalFull
 from storeforward.journal import Journal
 
 # Who lost its connection because we went down has so long to come back before its will is published.
 RESTART_GRACE_S = 3
+RETRY_S = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,31 @@ class Wills:
         if will is not None:
             self._journal.execute("DELETE FROM mqtt_will WHERE client_id = ?", (client_id,))
         return will
+
+    def get(self, client_id: str) -> Testament | None:
+        return self._by_client.get(client_id)
+
+    def published(self, will: Testament) -> None:
+        """Its message is staged: it is due again if the commit that holds that fails."""
+        del self._by_client[will.client_id]
+        self._journal.execute_with_rows("DELETE FROM mqtt_will WHERE client_id = ?", (will.client_id,))
+        self._journal.wait(self, will)
+
+    def postpone(self, will: Testament) -> None:
+        """The disk is full: the will keeps its place, and is tried again after a while."""
+        due = self._journal.age_us() + RETRY_S * 1_000_000
+        self._by_client[will.client_id] = replace(will, due_age_us=due)
+        self._journal.execute("UPDATE mqtt_will SET due_age_us = ? WHERE client_id = ?", (due, will.client_id))
+
+    def committed(self, tokens: list[Testament]) -> None:
+        """These are published."""
+
+    def failed(self, tokens: list[Testament], error: JournalFull) -> None:
+        for will in tokens:
+            if will.client_id in self._by_client:  # connected again meanwhile, with another
+                self._journal.lose("-", 0, "will-refused", len(will.payload), will.client_id)
+            else:
+                self.postpone(will)
 
     def start(self, client_id: str, session_expiry_s: int | None) -> int | None:
         """The client's connection ended without its goodbye: return when its will is due, None if it has none.

@@ -12,27 +12,27 @@ import ssl
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from security import tls_faults
+from security.tls_faults import FILE_BYTES_MAX, StrPath, TLSFileError, read
+
+__all__ = [
+    "FILE_BYTES_MAX",
+    "ClientCert",
+    "Stamp",
+    "StrPath",
+    "TLSFileError",
+    "client_context",
+    "file_stamp",
+    "server_context",
+]
 
 MINIMUM_VERSION: Final = ssl.TLSVersion.TLSv1_2
-FILE_BYTES_MAX: Final = 4 << 20  # a system's whole CA bundle is a quarter of a megabyte
+_CERTIFICATE_MARK: Final = b"-----BEGIN CERTIFICATE-----"
 
-StrPath: TypeAlias = str | os.PathLike[str]
 ClientCert: TypeAlias = Literal["none", "optional", "required"]
 Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
 
 _VERIFY_MODE: Final = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
-
-
-class TLSFileError(ValueError):
-    """A certificate or key file can't be used. `path` is the one at fault; the text names it and says why."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
 
 
 def client_context(
@@ -100,59 +100,29 @@ def _harden(context: ssl.SSLContext) -> None:
 
 
 def _trust(context: ssl.SSLContext, path: Path) -> None:
-    _certificates(path)
+    marks = read(path).count(_CERTIFICATE_MARK)
     try:
         context.load_verify_locations(cafile=path)
     except (OSError, ssl.SSLError) as error:
+        tls_faults.check_certificates(path)
         raise TLSFileError(path, f"OpenSSL does not take it: {_why(error)}") from error
+    if context.cert_store_stats()["x509"] < marks:  # one stands there twice, or one does not read
+        tls_faults.check_certificates(path)
 
 
 def _present(context: ssl.SSLContext, cert: Path, key: Path) -> None:
-    leaf = _certificates(cert)[0]
-    pem = _read(key)
-    try:
-        private = load_pem_private_key(pem, password=None)
-    except TypeError as error:  # cryptography's word for "needs a password"
-        raise TLSFileError(key, "the key is encrypted; a daemon needs it in the clear") from error
-    except UnsupportedAlgorithm as error:
-        raise TLSFileError(key, f"a kind of key that is not supported: {error}") from error
-    except ValueError as error:
-        raise TLSFileError(key, "holds no private key in PEM form") from error
-    ours, theirs = (
-        public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        for public in (private.public_key(), leaf.public_key())
-    )
-    if ours != theirs:
-        raise TLSFileError(key, f"not the key of the first certificate in {cert}")
+    read(cert)
+    read(key)
     try:
         context.load_cert_chain(cert, key, password=_no_password)
     except (OSError, ssl.SSLError) as error:
+        tls_faults.check_pair(cert, key)
         raise TLSFileError(cert, f"OpenSSL does not take it: {_why(error)}") from error
 
 
 def _no_password() -> str:
     """Without this, OpenSSL would ask the terminal."""
     return ""
-
-
-def _certificates(path: Path) -> list[x509.Certificate]:
-    """At least one, in the file's order."""
-    pem = _read(path)
-    try:
-        return x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
-        raise TLSFileError(path, "holds no certificate in PEM form, or a damaged one") from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise TLSFileError(path, (error.strerror or str(error)).lower()) from error
-    if len(data) > FILE_BYTES_MAX:
-        raise TLSFileError(path, f"larger than {FILE_BYTES_MAX} bytes: not a certificate or key file")
-    return data
 
 
 def _why(error: OSError) -> str:

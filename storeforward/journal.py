@@ -98,13 +98,13 @@ class Batch:
 
     `deleted`: rows before this seq go, though cursors may not say so. `revived`, `dropped`: dead letters that go,
     the former together with the rows they come back as. `totals`, `unnumbered`: losses, summed until they are written.
+    `statements`: in the order they were asked for; True: only if the messages of this batch are stored.
     """
 
     size_bytes: int = 0
     appended: dict[Stream, Appended] = field(default_factory=dict)
     cursors: dict[Cursor, int] = field(default_factory=dict)
-    statements: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
-    with_rows: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+    statements: list[tuple[str, tuple[Any, ...], bool]] = field(default_factory=list)
     waiting: dict[Waiter, list[Any]] = field(default_factory=dict)
     touched: dict[Stream, None] = field(default_factory=dict)
     deleted: dict[Stream, int] = field(default_factory=dict)
@@ -118,7 +118,6 @@ class Batch:
             self.appended
             or self.cursors
             or self.statements
-            or self.with_rows
             or self.waiting
             or self.touched
             or self.deleted
@@ -366,17 +365,19 @@ class Journal:
         cursor = stream.cursors.get(name)
         if cursor is not None:
             return cursor
-        start = stream.next_seq if stream.cursors else stream.first_seq
+        start = self.cursor_start(stream)
         cursor = Cursor(0, name, kind, start, start, volatile)
         stream.cursors[name] = cursor
         if not volatile:
-            self.pending.statements.append(
-                (
-                    "INSERT OR REPLACE INTO cursor (stream, name, kind, position) VALUES (?, ?, ?, ?)",
-                    (stream.id, name, kind, start),
-                )
+            self.execute(
+                "INSERT OR REPLACE INTO cursor (stream, name, kind, position) VALUES (?, ?, ?, ?)",
+                (stream.id, name, kind, start),
             )
         return cursor
+
+    def cursor_start(self, stream: Stream) -> int:
+        """Where a new cursor begins. Of what local apps said to one another nothing is held for who was not there."""
+        return stream.next_seq if stream.cursors or stream.direction == "local" else stream.first_seq
 
     def drop_cursor(self, stream: Stream, name: str) -> None:
         """Forget a consumer; what only it needed may go."""
@@ -509,11 +510,11 @@ class Journal:
 
     def execute(self, statement: str, parameters: tuple[Any, ...] = ()) -> None:
         """Have a statement run inside the next commit (sessions, subscriptions)."""
-        self.pending.statements.append((statement, parameters))
+        self.pending.statements.append((statement, parameters, False))
 
     def execute_with_rows(self, statement: str, parameters: tuple[Any, ...] = ()) -> None:
         """As `execute`, for what is true only if the messages of this batch are stored: it fails with them for good."""
-        self.pending.with_rows.append((statement, parameters))
+        self.pending.statements.append((statement, parameters, True))
 
     def _make_room(self, stream: Stream, size: int) -> None:
         limits = stream.limits
@@ -801,10 +802,7 @@ class Journal:
                     while end - at >= step:
                         ex(statement, columns[at : at + step])
                         at += step
-            # What came with the messages first: a session that ends behind them takes what is its own with it.
-            for statement, parameters in batch.with_rows:
-                ex(statement, parameters)
-            for statement, parameters in batch.statements:
+            for statement, parameters, _ in batch.statements:
                 ex(statement, parameters)
             for cursor, stream_id in batch.cursors.items():  # after the statements: one may have made the cursor
                 ex(
@@ -911,7 +909,7 @@ class Journal:
         A reader that holds a snapshot keeps the WAL from being copied: cursors and the ledger can still be written for
         a while, deletions wait (they would only fill the WAL), and then all of it waits until the reader is gone.
         """
-        size = sum(len(p) for _, parameters in batch.statements for p in parameters if isinstance(p, (str, bytes)))
+        size = sum(len(p) for _, parameters, _ in batch.statements for p in parameters if isinstance(p, (str, bytes)))
         cost = 2 * size + FIXED_PAGES * schema.PAGE_SIZE_BYTES
         if batch.touched and not self._wal_held:
             cost += 2 * self.space.delete_bytes_full
@@ -925,7 +923,7 @@ class Journal:
         Cursors and deletions wait for the last of them: a cursor must not be past what the ledger does not have yet.
         """
         size = count = 0
-        for _, parameters in batch.statements[:STATEMENTS_DISK_FULL_MAX]:
+        for _, parameters, _ in batch.statements[:STATEMENTS_DISK_FULL_MAX]:
             size += sum(len(p) for p in parameters if isinstance(p, (str, bytes)))
             if count and size > self.space.statement_bytes_full:
                 break
@@ -1114,7 +1112,13 @@ class Journal:
             _add(pending.totals, key, sums)
         for which, sums in batch.unnumbered.items():
             _add(pending.unnumbered, which, sums)
-        pending.statements[:0] = batch.statements
+        again = keep_waiting and not batch.appended
+        pending.statements[:0] = [each for each in batch.statements if again or not each[2]]
+        # The seqs are spent: a new cursor or subscription may count from behind them. After a restart they must not
+        # be given to messages that it would then take for old ones.
+        for stream in batch.appended:
+            spent = "UPDATE stream SET next_seq = max(next_seq, ?) WHERE id = ?"
+            pending.statements.insert(0, (spent, (stream.next_seq, stream.id), False))
         for cursor in batch.cursors:
             owner = next((s for s in self.streams.values() if s.cursors.get(cursor.name) is cursor), None)
             if owner is not None:  # else dropped meanwhile
@@ -1126,8 +1130,7 @@ class Journal:
             if before:
                 self._delete(stream, pending, all_of_it=True, before=before)
         full = JournalFull("*", reason)
-        if keep_waiting and not batch.appended:
-            pending.with_rows[:0] = batch.with_rows
+        if again:
             later, pending.waiting = pending.waiting, batch.waiting
             for waiter, tokens in later.items():
                 pending.waiting.setdefault(waiter, []).extend(tokens)

@@ -21,7 +21,22 @@ from storeforward.errors import JournalError
 from storeforward.schema import SEQ_BITS, SEQ_MASK
 
 SUSPECT = "journal.suspect"
-SMALL_TABLES = ("meta", "stream", "cursor", "mqtt_session", "mqtt_subscription", "dead", "loss", "loss_total")
+SMALL_TABLES = (
+    "meta",
+    "stream",
+    "cursor",
+    "mqtt_session",
+    "mqtt_subscription",
+    "mqtt_will",
+    "mqtt_incoming",
+    "mqtt_outgoing",
+    "mqtt_retained_due",
+    "retained",
+    "dead",
+    "loss",
+    "loss_total",
+    "request",
+)
 MESSAGE_TYPES = ("INTEGER", "INTEGER", "INTEGER", "TEXT", "INTEGER", "BLOB")
 PYTHON_TYPES = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
 # sqlite3 quotes what is damaged in its messages, and that need not be text.

@@ -165,6 +165,21 @@ CREATE TABLE mqtt_retained_due (
 ) WITHOUT ROWID;
 """
 
+# Requests whose replies come back over a hub.
+_V3 = """
+-- One row a request that may still be answered, oldest first by n. message_id: what its reply names; inbound: the
+-- stream that the reply comes in on; correlation: the requester's own data, NULL for none.
+CREATE TABLE request (
+    n INTEGER PRIMARY KEY,
+    message_id TEXT NOT NULL UNIQUE,
+    inbound TEXT NOT NULL,
+    response_topic TEXT NOT NULL,
+    correlation BLOB,
+    expires_age_us INTEGER NOT NULL,
+    answered INTEGER NOT NULL DEFAULT 0
+);
+"""
+
 
 def _v1(db: sqlite_utils.Database) -> None:
     for statement in sqlite_statements(_V1):
@@ -173,6 +188,11 @@ def _v1(db: sqlite_utils.Database) -> None:
 
 def _v2(db: sqlite_utils.Database) -> None:
     for statement in sqlite_statements(_V2):
+        db.execute(statement)
+
+
+def _v3(db: sqlite_utils.Database) -> None:
+    for statement in sqlite_statements(_V3):
         db.execute(statement)
 
 
@@ -189,7 +209,7 @@ def sqlite_statements(script: str) -> list[str]:
     return out
 
 
-MIGRATIONS: tuple[Callable[[sqlite_utils.Database], None], ...] = (_v1, _v2)
+MIGRATIONS: tuple[Callable[[sqlite_utils.Database], None], ...] = (_v1, _v2, _v3)
 VERSION = len(MIGRATIONS)
 
 

@@ -73,6 +73,18 @@ def available(name: str) -> str | None:
     return None if reason is None else str(reason)
 
 
+def mqttjs() -> Path:
+    """mqtt.js as a browser loads it."""
+    return Path(_deployed.mqttjs())
+
+
+def browser() -> str:
+    """The path of a Chromium."""
+    found = _deployed.browser()
+    assert found is not None
+    return str(found)
+
+
 def qpid_jms_lib() -> Path:
     return Path(_deployed.qpid_jms_lib())
 

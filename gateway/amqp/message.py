@@ -26,6 +26,9 @@ ANNOTATION_RETAIN = "x-opt-retain-message"
 ANNOTATION_ID = "x-opt-lineside-id"
 # MQTT user properties in full, where a name occurs twice and a map cannot hold them: [name, value, name, value, ...].
 ANNOTATION_USER_PROPERTIES = "x-opt-lineside-user-properties"
+# [gateway, response topic, correlation data]: what that gateway's MQTT apps are given in place of reply-to and
+# correlation-id, which belong to the hub's apps.
+ANNOTATION_REQUEST = "x-opt-lineside-request"
 
 # What stands before a correlation-id that is no binary while it travels as an MQTT app's correlation data.
 CORRELATION_MARK = b"\0amqp-"
@@ -196,6 +199,11 @@ def _user_properties(items: Iterable[tuple[str, Any]]) -> bytes:
     return b"\x00\x53\x74" + _compound(0xC1, 0xD1, 2 * len(pairs), body) if pairs else b""
 
 
+def message_id(gateway: str, epoch: int | str, stream: int | str, seq: int) -> str:
+    """The identity that a message of ours carries; what `Template` writes as its message-id."""
+    return f"{gateway}:{epoch}:{stream}:{seq:012x}"
+
+
 class Template:
     """Encodes the messages of one topic: all but seq and payload is laid out beforehand.
 
@@ -268,7 +276,7 @@ def encode(
     to: str | None = None,
     subject: str | None = None,
     reply_to: str | None = None,
-    correlation_id: bytes | None = None,
+    correlation_id: MessageId = None,
     content_type: str | None = None,
     ttl_ms: int | None = None,
     application_properties: Mapping[str, Any] | Sequence[tuple[str, Any]] = (),
@@ -649,13 +657,16 @@ def correlation_data(correlation_id: MessageId) -> bytes | None:
     return CORRELATION_MARK + b"u%d" % correlation_id
 
 
-def answer_to(message: Message) -> bytes | None:
-    """The correlation data that an MQTT app is given with a message, to be sent back with its answer.
+def answer_to(message: Message, *, can_be_answered: bool) -> bytes | None:
+    """The correlation data that an MQTT app is given with a message.
 
-    An AMQP request without a correlation-id is answered by its message-id, as AMQP apps have it.
+    With a request it is what the answer is to bring back, type and all; a request without a correlation-id is answered
+    by its message-id, as AMQP apps have it. What can't be answered is given as it reads.
     """
     asked = message.correlation_id
-    if asked is None and message.reply_to is not None and not is_own_id(message.message_id):
+    if not can_be_answered:
+        return None if asked is None else asked if isinstance(asked, bytes) else str(asked).encode()
+    if asked is None and not is_own_id(message.message_id):
         asked = message.message_id
     return correlation_data(asked)
 

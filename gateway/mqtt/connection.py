@@ -772,6 +772,8 @@ class ServerConnection:
             return  # said twice: the release is on its way
         self._check_answer(awaits, Awaits.PUBREC, "PUBREC")
         if awaits is None:
+            if number in self._taken:
+                return  # of an earlier connection, and early: the message will be sent again, and answered again
             if reason < 0x80:
                 self._out.append(encode(Pubrel(number, Reason.PACKET_IDENTIFIER_NOT_FOUND), self.version))
             return

@@ -32,8 +32,8 @@ class Delivery:
     _packets: dict[tuple[int, int, bool, tuple[int, ...]], tuple[bytes, bytes]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, topic: str, body: bytes, expires_age_us: int | None) -> Delivery:
-        """From a row's AMQP bytes. Raises MessageError."""
+    def of(cls, topic: str, body: bytes, expires_age_us: int | None, gateway: str | None = None) -> Delivery:
+        """From a row's AMQP bytes, for the MQTT apps of `gateway`. Raises MessageError."""
         message = decode(body)
         notes = message.annotations
         qos = notes.get(ANNOTATION_QOS, QOS_DEFAULT)
@@ -44,7 +44,7 @@ class Delivery:
             qos if qos in (0, 1, 2) else QOS_DEFAULT,
             notes.get(ANNOTATION_RETAIN) is True,
             source if isinstance(source, str) else None,
-            to_mqtt(message),
+            to_mqtt(message, gateway),
             expires_age_us,
         )
 

@@ -63,14 +63,29 @@ class Kick(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What a batch's messages are answered in their turn (MQTT 5.0 §4.6): PUBREC, or a PUBACK that refuses."""
+    """What a batch's messages are answered in their turn (MQTT 5.0 §4.6): PUBREC, or a PUBACK that refuses.
+
+    `session`: whose ids of QoS 2 these are, where they were taken. `repeat`: of a message that was staged before, with
+    an earlier batch, and whose fate is that batch's.
+    """
 
     packet_ids: list[bytes]
     qos: int
     reason: int = 0
+    session: Session | None = None
+    repeat: bool = False
 
     def give(self, conn: ServerConnection) -> None:
-        (conn.pubrec if self.qos == 2 else conn.puback)(self.packet_ids, self.reason)
+        reason = self.reason
+        if self.repeat and self.session is not None and not self.session.has_in(self.packet_ids):
+            reason = Reason.QUOTA_EXCEEDED  # the commit of the first one failed
+        (conn.pubrec if self.qos == 2 else conn.puback)(self.packet_ids, reason)
+
+    def take_back(self) -> None:
+        """The ids were taken with a batch that failed, even if their client is gone meanwhile."""
+        if self.session is not None and self.qos == 2 and not self.reason:
+            for packet_id in self.packet_ids:
+                self.session.take_back(int.from_bytes(packet_id, "big"))
 
 
 class MqttListener:
@@ -196,7 +211,9 @@ class Client(asyncio.Protocol):
 
     @property
     def congested(self) -> bool:
-        return self._congested or self._transport is None or self._conn.closing
+        # Before its CONNACK a client is sent nothing, so nothing may count as sent.
+        conn = self._conn
+        return self._congested or self._transport is None or conn.closing or conn.awaiting_verdict
 
     def takes(self, delivery: Delivery, qos: int, identifiers: tuple[int, ...]) -> bool:
         conn = self._conn
@@ -264,32 +281,40 @@ class Client(asyncio.Protocol):
 
         What does not speak of messages (sessions, subscriptions, releases) is staged again, and goes on waiting.
         """
+        answers: list[_Answer] = []
         for token in tokens:
             if type(token) is list:
-                token = _Answer(token, 1, Reason.QUOTA_EXCEEDED)
-            if type(token) is not _Answer:
+                answers.append(_Answer(token, 1))
+            elif type(token) is _Answer and not token.repeat:
+                token.take_back()
+                answers.append(token)
+            else:
                 self._journal.wait(self, token)
-                continue
-            if token.qos == 2 and self._session is not None and not token.reason:
-                for packet_id in token.packet_ids:
-                    self._session.take_back(int.from_bytes(packet_id, "big"))
-            if self._conn.version != V5:
-                log.warning("client dropped: its messages could not be stored", extra=self._who(error=error.reason))
-                self._abort()
-                return
-            replace(token, reason=token.reason or Reason.QUOTA_EXCEEDED).give(self._conn)
+        if answers and self._conn.version != V5:
+            log.warning("client dropped: its messages could not be stored", extra=self._who(error=error.reason))
+            self._abort()
+            return
+        for answer in answers:
+            replace(answer, reason=answer.reason or Reason.QUOTA_EXCEEDED).give(self._conn)
         self.flush()
 
     # ------------------------------------------------------------------ events
 
     def _take(self, events: list[Event]) -> None:
+        answered = False
         for event in events:
             if type(event) is Publishes:
                 self._published(event.messages)
             elif type(event) is Acked:
                 self._acked(event.packet_ids, event.refused)
+                answered = True
             else:
+                answered = answered or type(event) in (Received, Completed)
                 self._control(event)
+        # Not before all answers are dealt with: the connection holds their packet ids for free already, and a new
+        # message under one of them would be taken for the one that the next event answers.
+        if answered and self._session is not None:
+            self._broker.answered(self._session)
         if self._journal.pending:
             self._listener.committer.kick()
         self.flush()
@@ -362,7 +387,7 @@ class Client(asyncio.Protocol):
             return True  # taken over meanwhile: the client sends it again
         number = int.from_bytes(packet_id, "big")
         if qos == 2 and number in session.incoming:
-            self._answer(acknowledged, [packet_id], 2)  # sent again, stored before (§4.3.3)
+            self._answer(acknowledged, [packet_id], 2, session=session, repeat=True)  # §4.3.3
             return True
         refusal = self._refusal(topic, payload, properties)
         if refusal is not None:
@@ -380,27 +405,44 @@ class Client(asyncio.Protocol):
             return True
         if qos == 2:
             session.take_in(number)
-            self._answer(acknowledged, [packet_id], 2)
+            self._answer(acknowledged, [packet_id], 2, session=session)
         elif qos:
             acknowledged.append(packet_id)
         return True
 
-    def _answer(self, before: list[bytes], packet_ids: list[bytes], qos: int, reason: int = 0) -> None:
+    def _answer(
+        self,
+        before: list[bytes],
+        packet_ids: list[bytes],
+        qos: int,
+        reason: int = 0,
+        *,
+        session: Session | None = None,
+        repeat: bool = False,
+    ) -> None:
         """Have these answered after the commit, behind what came before them."""
         if before:
             self._journal.wait(self, before.copy())
             before.clear()
-        self._journal.wait(self, _Answer(packet_ids, qos, reason))
+        self._journal.wait(self, _Answer(packet_ids, qos, reason, session, repeat))
 
     def _refusal(self, topic: str, payload: bytes, properties: PublishProperties | None) -> Reason | None:
         if topic.startswith("$SYS/"):
             return Reason.NOT_AUTHORIZED  # the server's own (§4.7.2)
+        if properties is not None and self._asks_too_much(topic, properties.response_topic):
+            return Reason.NOT_AUTHORIZED
         if properties is not None and properties.payload_format_indicator == 1:
             try:
                 payload.decode()
             except UnicodeDecodeError:
                 return Reason.PAYLOAD_FORMAT_INVALID
         return None
+
+    def _asks_too_much(self, topic: str, asked: str | None) -> bool:
+        """A reply from the hub is published here in the name of who asked for it: it needs the right to do that."""
+        if asked is None or self._broker.router.route(topic, 1).reply_to is None:
+            return False
+        return asked.startswith("$SYS/") or (self._permit is not None and not self._permit.publish(asked))
 
     def _refuse(self, reason: Reason, message: Published, acknowledged: list[bytes]) -> bool:
         """Never to be taken, full or not. Without a word for it the message is in the ledger: nothing vanishes."""
@@ -474,7 +516,6 @@ class Client(asyncio.Protocol):
         for packet_id, reason in refused:
             self._journal.lose(session.cursor_name, packet_id, "refused-by-client", 0, f"reason 0x{reason:02x}")
         session.acked(packet_ids)
-        self._broker.answered(session)
 
     def _released(self, packet_ids: list[int]) -> None:
         """PUBRELs: the ids are free again once that is on disk, and only then are they answered."""
@@ -661,6 +702,9 @@ class Client(asyncio.Protocol):
         if will is not None and self._permit is not None and not self._permit.publish(will.topic):
             self._log_forbidden(Action.PUBLISH, will.topic, client=client_id, will=True)
             self._conn.refuse(Reason.NOT_AUTHORIZED, "the will's topic is not allowed")
+            return False
+        if will is not None and self._asks_too_much(will.topic, will.properties.response_topic):
+            self._conn.refuse(Reason.NOT_AUTHORIZED, "the will's response topic is not allowed")
             return False
         return True
 

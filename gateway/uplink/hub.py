@@ -39,6 +39,7 @@ from gateway.amqp.sasl import SaslClient
 from gateway.config import Hub, HubUrl, Inbound, Outbound
 from gateway.errors import PeerError
 from gateway.mqtt.topics import check_topic
+from gateway.replies import Inlet, Requests
 from gateway.uplink.drain import Drain
 from gateway.uplink.intake import Intake, Retain
 from gateway.uplink.quirks import advice
@@ -92,12 +93,15 @@ class HubLink:
         journal: Journal,
         kick: Callable[[], None],
         retain: Retain | None = None,
+        requests: Requests | None = None,
     ) -> None:
         self._retain = retain
+        self._requests = requests
         self.hub = hub
         self.gateway = gateway
         self.journal = journal
         self._kick = kick
+        self._answers = next((o.answers for o in outbound if o.answers is not None), None)
         self._loop = asyncio.get_running_loop()
         self.state = LinkState(
             [str(u) for u in hub.urls], random.Random(), self._loop.time(), hub.retry_min_s, hub.retry_max_s
@@ -224,7 +228,7 @@ class HubLink:
         """Made anew for every attempt, so that renewed files are used without a restart."""
         if not url.tls:
             return None
-        from security.tls import client_context  # 8 MB of memory that a link on loopback need not spend
+        from security.tls import client_context  # OpenSSL is memory that a link on loopback need not spend
 
         return client_context(self.hub.ca, self.hub.cert, self.hub.key)
 
@@ -307,19 +311,22 @@ class HubLink:
         if engine.closing:
             return
         config, kind = way.config, self.hub.kind
-        address = config.address_for(self.gateway)
+        address: str | None = config.address_for(self.gateway)
         durable = kind in ("rabbitmq", "lineside")
+        queue: tuple[str, ...] = ("queue",) if kind == "artemis" else ()
+        if isinstance(config, Outbound) and config.answers is not None:
+            address, durable, queue = None, False, ()  # the anonymous terminus: each message says where to
         terminus = Terminus(
             address=address,
             durability=Durability.UNSETTLED_STATE if durable else Durability.NONE,
             expiry=Expiry.NEVER if durable else Expiry.SESSION_END,
-            capabilities=("queue",) if kind == "artemis" else (),
+            capabilities=queue,
         )
         name = f"lineside:{self.gateway}:{config.stream}"
         # Each link has a session of its own: some hubs end the whole session for one attach they do not like.
         session = engine.session()
         if isinstance(config, Outbound):
-            way.advice = advice(attempt.peer, address)
+            way.advice = None if address is None else advice(attempt.peer, address)
             if way.advice is not None:
                 log.warning("the hub may lose messages", extra={"hub": self.hub.name, "note": way.advice})
             way.link = engine.sender(session, name, terminus)
@@ -376,8 +383,11 @@ class HubLink:
             assert isinstance(way.config, Inbound)
             place = self._place(way.config, way.stream)
             link.whole_windows = self.hub.kind == "rabbitmq"
+            inlet = None
+            if self._requests is not None:
+                inlet = Inlet(self._requests, self.gateway, way.stream, self._answers)
             way.intake = Intake(
-                self.journal, link, way.config.credit, place, self._flush, self.state.settled, self._retain
+                self.journal, link, way.config.credit, place, self._flush, self.state.settled, self._retain, inlet
             )
 
     def _place(self, config: Inbound, stream: Stream) -> Callable[[Message], tuple[Stream, str]]:

@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable
 
 from gateway.amqp.engine import DECODE_ERROR, MESSAGE_SIZE_EXCEEDED, Receiver
-from gateway.amqp.message import ANNOTATION_RETAIN, Message, decode, identity
+from gateway.amqp.message import ANNOTATION_RETAIN, Message, annotate, decode, identity
 from gateway.errors import PeerError
+from gateway.replies import Inlet
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
 from storeforward.streams import Stream
@@ -40,7 +41,8 @@ class Intake:
     """`place(message)` says which stream and topic; raises PeerError to have the message rejected.
 
     `flush()` has what was settled sent; `accepted()` hears of every time that something was accepted; `retain` of each
-    message that asks to be retained, with its stream, seq, topic, bytes and expiry.
+    message that asks to be retained, with its stream, seq, topic, bytes and expiry. `inlet` knows replies and requests:
+    a reply to a request from this side goes where that asked for it, and not to its place.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Intake:
         flush: Callable[[], None],
         accepted: Callable[[], None] = lambda: None,
         retain: Retain | None = None,
+        inlet: Inlet | None = None,
     ) -> None:
         self.journal = journal
         self.link = link
@@ -60,6 +63,7 @@ class Intake:
         self._flush = flush
         self._accepted = accepted
         self._retain = retain
+        self._inlet = inlet
         self._held: deque[tuple[int, bytes]] = deque()
         self.received = self.repeated = 0
         link.topup(credit)
@@ -99,8 +103,16 @@ class Intake:
 
     def _append(self, handle: int, body: bytes) -> None:
         message = decode(body)
-        stream, topic = self._place(message)
         who = identity(body)
+        arrival = None
+        if self._inlet is not None and not (message.correlation_id is None and message.reply_to is None):
+            arrival = self._inlet.look(message, self.journal.age_us())
+        if self._inlet is not None and arrival is not None and arrival.topic is not None:
+            stream, topic = self._inlet.stream, arrival.topic
+        else:
+            stream, topic = self._place(message)
+        if arrival is not None:
+            body = annotate(body, arrival.annotations)
         if who is not None and who in stream.seen:
             self.repeated += 1
             self.journal.wait_for(self, handle, stream, who)
@@ -109,6 +121,8 @@ class Intake:
         else:
             expires = None if message.ttl_ms is None else self.journal.age_us() + message.ttl_ms * 1000
             seq = self.journal.append(stream, topic, _as_it_came, body, expires, who)
+            if self._inlet is not None and arrival is not None:
+                self._inlet.taken(arrival)
             if self._retain is not None and message.annotations.get(ANNOTATION_RETAIN) is True:
                 self._retain(stream, seq, topic, body, expires)
             self.received += 1

@@ -10,13 +10,18 @@ from hypothesis import strategies as st
 from gateway.mqtt.codec import (
     V3,
     V5,
+    Ack,
     Connect,
+    ConnectProperties,
     MqttError,
     Packet,
     Pingreq,
     Puback,
+    Pubcomp,
     Publish,
     PublishProperties,
+    Pubrec,
+    Pubrel,
     Subscribe,
     SubscribeProperties,
     Subscription,
@@ -27,16 +32,22 @@ from gateway.mqtt.codec import (
     decode,
     decode_body,
     encode,
+    remaining_length,
 )
 from gateway.mqtt.connection import (
     Acked,
+    Completed,
     Event,
     Failed,
     Limits,
     Publishes,
+    Received,
+    Released,
     ServerConnection,
     State,
+    TooLargeForPeer,
 )
+from gateway.mqtt.delivery import Delivery
 from gateway.mqtt.topics import check_filter, check_topic, filter_matches
 
 LIMITS = Limits(packet_max_bytes=2000, receive_maximum=20, topic_alias_max=3, held_max_bytes=3000)
@@ -59,7 +70,7 @@ u32 = st.integers(0, 2**32 - 1)
 
 @st.composite
 def publishes(draw: st.DrawFn, version: int, sane: bool = True) -> Publish:
-    qos = draw(st.sampled_from([0, 1]))
+    qos = draw(st.sampled_from([0, 1, 1, 2]))
     properties = PublishProperties()
     topic = draw(topics)
     if version == V5 and draw(st.booleans()):
@@ -124,6 +135,7 @@ def packets(version: int) -> st.SearchStrategy[Packet]:
         subscribes(version),
         st.builds(Unsubscribe, packet_ids, st.lists(filters, min_size=1, max_size=3).map(tuple)),
         st.builds(Puback, packet_ids),
+        st.builds(lambda kind, number: kind(number), st.sampled_from([Pubrec, Pubrel, Pubcomp]), st.integers(1, 12)),
         st.just(Pingreq()),
         connects(version),
     )
@@ -155,6 +167,8 @@ def meaning(pieces: list[bytes], *, open_as: int | None = None) -> list[object]:
                     acks.extend(event.refused)
                 case Failed():
                     told.append(("failed", event.error.reason))
+                case Released():
+                    told.extend(("released", packet_id) for packet_id in event.packet_ids)
                 case _:
                     told.append(event)
 
@@ -296,3 +310,197 @@ def test_a_topic_is_taken_by_itself_and_by_everything(topic: str) -> None:
     assert filter_matches(topic, topic)
     assert filter_matches("#", topic)
     assert filter_matches("/".join("+" for _ in topic.split("/")), topic)
+
+
+# ------------------------------------------------------------------------------------------------- QoS 2, both ways
+
+ack_kinds = st.sampled_from([Puback, Pubrec, Pubrel, Pubcomp])
+
+
+@st.composite
+def answers(draw: st.DrawFn, version: int) -> Ack:
+    """With reasons that the packet may carry, and now and then for an id that is nobody's."""
+    kind = draw(ack_kinds)
+    reason = 0
+    if version == V5 and draw(st.booleans()):
+        reason = draw(st.sampled_from([0, 0x92] if kind in (Pubrel, Pubcomp) else [0, 0x10, 0x80, 0x97]))
+    return kind(draw(st.integers(1, 12)), reason)
+
+
+@st.composite
+def exchanges(draw: st.DrawFn) -> tuple[int, int, int, list[tuple[str, object]]]:
+    """(version, receive maximum, alias maximum, what the two sides do), the client within or beside the protocol."""
+    version = draw(versions)
+    qos_2 = st.builds(
+        lambda topic, payload, number, dup: Publish(topic, payload, 2, False, dup, number),
+        topics,
+        st.binary(max_size=20),
+        st.integers(1, 12),
+        st.booleans(),
+    )
+    step = st.one_of(
+        st.tuples(st.just("client"), answers(version) | answers(version) | qos_2 | publishes(version)),
+        st.tuples(st.just("publish"), st.tuples(topics, st.integers(0, 2))),
+        st.tuples(st.just("encoded"), st.tuples(topics, st.integers(0, 2))),
+        st.tuples(st.just("again"), st.integers(1, 12)),
+        st.tuples(st.just("in use"), st.integers(1, 12)),
+        st.tuples(st.just("answer"), st.sampled_from([0, 0x97])),
+    )
+    steps = draw(st.lists(step, max_size=30))
+    return version, draw(st.integers(1, 5)), draw(st.integers(0, 3)), steps
+
+
+class Ours:
+    """What a client that reads all that we write knows of it."""
+
+    def __init__(self, version: int, receive_maximum: int, alias_maximum: int) -> None:
+        self.version = version
+        self.receive_maximum = receive_maximum
+        self.alias_maximum = alias_maximum
+        self.aliases: dict[int, str] = {}
+        self.unfinished: dict[int, type[Ack]] = {}
+        self.topics: list[str] = []
+
+    def read(self, data: bytes) -> None:
+        at = 0
+        while at < len(data):
+            framed = remaining_length(data, at)
+            assert framed is not None
+            size, begin = framed
+            packet = decode_body(data[at], data[begin : begin + size], self.version)
+            at = begin + size
+            if isinstance(packet, Publish):
+                self._publish(packet)
+
+    def _publish(self, packet: Publish) -> None:
+        alias = packet.properties.topic_alias
+        if alias is not None:
+            assert 1 <= alias <= self.alias_maximum
+            if packet.topic:
+                self.aliases[alias] = packet.topic
+        self.topics.append(packet.topic or self.aliases[alias or 0])
+        if packet.qos:
+            assert packet.packet_id not in self.unfinished, "a packet id in flight"
+            self.unfinished[packet.packet_id] = Puback if packet.qos == 1 else Pubrec
+            assert self.version == V3 or len(self.unfinished) <= self.receive_maximum
+
+    def told(self, packet: Ack) -> None:
+        """The client answers, if that is what is waited for."""
+        number, awaited = packet.packet_id, self.unfinished.get(packet.packet_id)
+        if awaited is not type(packet):
+            return
+        if isinstance(packet, Pubrec) and packet.reason < 0x80:
+            self.unfinished[number] = Pubcomp
+        else:
+            del self.unfinished[number]
+
+
+@given(exchanges(), st.booleans())
+@settings(max_examples=600, deadline=None)
+def test_no_answer_of_a_client_raises_or_makes_us_break_its_limits(
+    exchange: tuple[int, int, int, list[tuple[str, object]]], small: bool
+) -> None:
+    version, receive_maximum, alias_maximum, steps = exchange
+    properties = ConnectProperties()
+    if version == V5:
+        properties = ConnectProperties(
+            receive_maximum=receive_maximum,
+            topic_alias_maximum=alias_maximum,
+            maximum_packet_size=100 if small else None,
+        )
+    conn = ServerConnection(LIMITS)
+    conn.receive(encode(Connect(version, "c", properties=properties), version), 0.0)
+    conn.accept(False)
+    conn.data_to_send()
+    ours = Ours(version, receive_maximum, alias_maximum)
+    said: list[str] = []
+    wanted: list[tuple[int, bytes]] = []  # QoS and id, to be answered
+    released: list[int] = []
+    for what, argument in steps:
+        if conn.state is not State.OPEN:
+            break
+        match what:
+            case "client":
+                assert isinstance(argument, Publish | Ack)
+                if isinstance(argument, Ack):
+                    ours.told(argument)
+                for event in conn.receive(encode(argument, version), 0.0):
+                    match event:
+                        case Publishes():
+                            wanted += [(m[1], m[4]) for m in event.messages if m[1]]
+                        case Released():
+                            released += event.packet_ids
+                        case Received():
+                            conn.pubrel(event.packet_ids)
+            case "publish" | "encoded":
+                assert isinstance(argument, tuple)
+                topic, qos = argument
+                if what == "encoded" and conn.plain:
+                    head, tail = Delivery(topic, b"x", qos, False, None, None, None).packet(version, qos, False, ())
+                    number = conn.publish_encoded(head, tail, qos)
+                else:
+                    try:
+                        number = conn.publish(topic, b"x", qos)
+                    except TooLargeForPeer:
+                        number = None
+                if number is not None:
+                    said.append(topic)
+            case "again":
+                assert isinstance(argument, int)
+                if argument not in conn._in_flight and conn.reserve(2, argument) is not None:
+                    conn.publish("again", b"", 2, dup=True, packet_id=argument)
+                    said.append("again")
+            case "in use":
+                assert isinstance(argument, int)
+                if argument not in conn._in_flight:
+                    conn.in_use([argument])
+            case _:
+                assert isinstance(argument, int)
+                for qos, number in wanted:
+                    (conn.pubrec if qos == 2 else conn.puback)([number], argument)
+                wanted.clear()
+                conn.pubcomp(released)
+                released.clear()
+        ours.read(conn.data_to_send())
+        assert len(conn._in_flight) <= LIMITS.send_window_max
+        assert len(conn._aliases_set) <= alias_maximum
+        assert version == V3 or conn.unacknowledged <= LIMITS.receive_maximum
+        assert conn.state is not State.OPEN or set(ours.unfinished) == set(conn._in_flight)
+    assert ours.topics == said
+    assert not conn._buffer
+
+
+@given(exchanges(), st.lists(st.integers(0, 2000), max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_an_exchange_of_qos_2_means_the_same_in_any_split(
+    exchange: tuple[int, int, int, list[tuple[str, object]]], cuts: list[int]
+) -> None:
+    version, _, _, steps = exchange
+    data = b"".join(encode(a, version) for what, a in steps if what == "client" and isinstance(a, Publish | Ack))
+    told = []
+    for pieces in ([data], split(data, cuts)):
+        conn = ServerConnection(LIMITS)
+        conn.receive(encode(Connect(version, "c"), version), 0.0)
+        conn.accept(False)
+        for qos in (2, 1, 2, 2, 1):
+            conn.publish("out", b"", qos)
+        conn.data_to_send()
+        flat: dict[str, list[object]] = {}
+        for piece in pieces:
+            for event in conn.receive(piece, 0.0):
+                match event:
+                    case Publishes():
+                        flat.setdefault("messages", []).extend(event.messages)
+                    case Failed():
+                        flat.setdefault("failed", []).append(event.error.reason)
+                    case Acked() | Received():
+                        flat.setdefault(type(event).__name__, []).extend([*event.packet_ids, *event.refused])
+                    case Released() | Completed():
+                        flat.setdefault(type(event).__name__, []).extend(event.packet_ids)
+        for refusable in (
+            "Acked",
+            "Received",
+        ):  # ids and refusals are told together, so their order depends on the split
+            flat[refusable] = sorted(flat.get(refusable, []), key=repr)
+        told.append((flat, conn.data_to_send(), conn.state, conn._in_flight, conn.unacknowledged))
+    assert told[0] == told[1]

@@ -40,10 +40,12 @@ from gateway.mqtt.codec import (
     Pingresp,
     Puback,
     Publish,
+    PublishProperties,
     Suback,
     Subscribe,
     Subscription,
     Will,
+    WillProperties,
 )
 from gateway.notify import Notifier
 from security import passwords
@@ -211,6 +213,54 @@ def test_a_publish_that_is_not_allowed_is_refused_on_5_in_its_turn_and_the_clien
         assert told == [(1, 0), (2, 0x87), (3, 0), (4, 0x87), (5, 0), (6, 0x87)]
 
     play(tmp_path, OPEN_WITH_RULES, story)
+
+
+ASKING = """
+[[hub]]
+name = "depot"
+urls = ["amqp://127.0.0.1:1"]
+[[outbound]]
+stream = "requests"
+topics = ["app/ask/#"]
+hub = "depot"
+address = "edge.requests"
+reply_to = "edge.replies"
+[[inbound]]
+stream = "replies"
+hub = "depot"
+address = "edge.replies"
+topic = "replies"
+"""
+
+
+@pytest.mark.parametrize(
+    ("topic", "response_topic", "reason"),
+    [
+        ("app/ask/x", "one/answers", 0),
+        ("app/ask/x", "app/brake/x", 0x87),  # the hub's answer would be published where this client may not publish
+        ("app/ask/x", "two/answers", 0x87),
+        ("app/ask/x", "$SYS/broker", 0x87),
+        ("app/x", "app/brake/x", 0),  # whoever answers this one needs the right himself
+    ],
+)
+def test_a_reply_from_the_hub_is_asked_for_only_where_the_client_may_publish(
+    tmp_path: Path, topic: str, response_topic: str, reason: int
+) -> None:
+    async def story(bench: Bench) -> None:
+        peer = await bench.welcome()
+        properties = PublishProperties(response_topic=response_topic)
+        peer.say(Publish(topic, b"?", 1, packet_id=1, properties=properties))
+        answer = await peer.hear()
+        assert isinstance(answer, Puback)
+        assert answer.reason == reason
+        will = Will(topic, b"gone", properties=WillProperties(response_topic=response_topic))
+        late = Peer(*await asyncio.open_connection("127.0.0.1", bench.port), V5)
+        late.say(Connect(V5, "one", True, 0, None, None, will, ConnectProperties()))
+        welcome = await late.hear()
+        assert isinstance(welcome, Connack)
+        assert welcome.reason == reason
+
+    play(tmp_path, OPEN_WITH_RULES + ASKING, story)
 
 
 def test_what_was_refused_reaches_nobody(tmp_path: Path) -> None:

@@ -172,6 +172,44 @@ WRONG = [
     ('hub = "depot"\naddress', 'class_ = "bulk"\nhub = "depot"\naddress', [(11, "outbound[0].class_")], "class"),
     ('hub = "depot"\naddress', 'ttl_s = 3\nhub = "depot"\naddress', [(11, "outbound[0].ttl_s")], "ttl"),
     ('hub = "depot"\naddress', 'max_bytes = "1kB"\nhub = "depot"\naddress', [(11, "outbound[0].max_bytes")], '"64MiB"'),
+    (
+        'hub = "depot"\naddress',
+        'reply_to = "edge.{gateway}.comands"\nhub = "depot"\naddress',
+        [(11, "outbound[0].reply_to")],
+        'reply_to = "edge.loco-4711.commands"',
+    ),
+    (
+        'hub = "depot"\naddress',
+        'reply_to = "edge.{stream}"\nhub = "depot"\naddress',
+        [(11, "outbound[0].reply_to")] * 2,
+        '"edge.{gateway}"',
+    ),
+    ("edge.{gateway}.alarms", "edge.{requester}", [(12, "outbound[0].address")], 'address = "{requester}"'),
+    (
+        'topics = ["alarm/#"]\nhub = "depot"\naddress = "edge.{gateway}.alarms"',
+        'topics = ["+/depot/#"]\nhub = "depot"\naddress = "{requester}"',
+        [(10, "outbound[0].topics")],
+        'topics = ["reply/depot/#"]',
+    ),
+    (
+        'topics = ["alarm/#"]\nhub = "depot"\naddress = "edge.{gateway}.alarms"',
+        'topics = ["a/#", "b/#"]\nhub = "depot"\naddress = "{requester}"',
+        [(10, "outbound[0].topics")],
+        'topics = ["reply/depot/#"]',
+    ),
+    (
+        'topics = ["alarm/#"]\nhub = "depot"\naddress = "edge.{gateway}.alarms"\n',
+        'topics = ["a/#"]\nhub = "depot"\naddress = "{requester}"\n'
+        '[[outbound]]\nstream = "b"\ntopics = ["b/#"]\nhub = "depot"\naddress = "{requester}"\n',
+        [(17, "outbound[1].address")],
+        "",
+    ),
+    (
+        'hub = "depot"\naddress',
+        'reply_timeout = "5m"\nhub = "depot"\naddress',
+        [(8, "outbound[0].reply_to")],
+        'reply_to = "edge.{gateway}.replies"',
+    ),
     ("commands/{subject}", "commands/#", [(17, "inbound[0].topic")], "topic ="),
     ("commands/{subject}", "commands/{topic}", [(17, "inbound[0].topic")], "commands/{"),
     ('topic = "commands/{subject}"', 'topic = "c"\nttl = "1h"', [(18, "inbound[0].ttl")], "ttl under [[outbound]]"),
@@ -499,3 +537,26 @@ def test_the_full_example_names_every_key() -> None:
         for model in [table.annotation, *getattr(table.annotation, "__args__", ())]:
             for name, field in getattr(model, "model_fields", {}).items():
                 assert f"{field.alias or name} = " in text, name
+
+
+def test_replies_come_in_on_an_inbound_stream_of_the_same_hub() -> None:
+    asks = GOOD.replace('hub = "depot"\naddress', 'hub = "depot"\nreply_to = "edge.{gateway}.commands"\naddress', 1)
+    config = loads(asks)
+    assert config.outbound[0].reply_to_for("loco-4711") == "edge.loco-4711.commands"
+    assert any("replies to requests on stream alarms come in at edge.loco-4711.commands" in x for x in explain(config))
+    assert loads(asks.replace("edge.{gateway}.commands", "edge.loco-4711.commands", 1)).outbound[0].reply_to
+    assert loads(asks.replace('address = "edge.{gateway}.commands"', 'address = "edge.{gateway}.{stream}"'))
+    elsewhere = asks.replace("[[outbound]]", '[[hub]]\nname = "b"\nurls = ["amqps://b.example"]\n[[outbound]]')
+    told = problems(elsewhere.replace('stream = "commands"\nhub = "depot"', 'stream = "commands"\nhub = "b"'))
+    assert [each.key for each in told] == ["outbound[0].reply_to"]
+    assert "this hub has none" in str(told[0])
+
+
+def test_answers_go_to_who_asked_and_rabbitmq_is_known_not_to_take_them() -> None:
+    answers = '[[outbound]]\nstream = "b"\ntopics = ["reply/#"]\nhub = "depot"\naddress = "{requester}"\n'
+    config = loads(GOOD + answers)
+    assert [out.answers for out in config.outbound] == [None, "reply/"]
+    assert any("response topic below reply/;" in line for line in explain(config))
+    assert not any("anonymous terminus" in line for line in explain(config))
+    rabbit = loads(GOOD.replace('name = "depot"', 'name = "depot"\nkind = "rabbitmq"') + answers)
+    assert any(line.startswith("note: RabbitMQ before 4.0") for line in explain(rabbit))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.amqp.message import ANNOTATION_RETAIN, Template
 from gateway.broker import Broker
 from gateway.config import loads
 from gateway.mqtt.codec import Connect, PublishProperties, Will, WillProperties
@@ -392,6 +393,40 @@ def test_a_new_subscriber_is_given_what_is_retained_and_the_newest_only(journal:
     assert [(g.payload, g.retain) for g in outlet.got[2:]] == [(b"live", False)]
 
 
+@pytest.mark.parametrize("expiry_s", [0, None])
+def test_what_is_retained_on_a_hubs_stream_is_given_to_who_begins_to_read_it(
+    journal: Journal, expiry_s: int | None
+) -> None:
+    broker = broker_on(journal)
+    first = Outlet()
+    session, _ = come(broker, "first", first, expiry_s=expiry_s)
+    subscribe(broker, session, "commands/#")
+    stream = journal.streams["commands"]
+    template = Template("depot", 1, "s", None, "x", annotations={ANNOTATION_RETAIN: True})
+    seq = journal.append(stream, "commands/x", template.encode, b"kept")
+    broker.retain_received(stream, seq, "commands/x", template.encode(seq, b"kept"), None)
+    commit(broker)
+    assert first.payloads == [b"kept"]
+    late = Outlet()
+    session, _ = come(broker, "late", late, expiry_s=expiry_s)
+    subscribe(broker, session, "commands/#")
+    arrive(broker, 0, 1)
+    assert [(g.payload, g.retain) for g in late.got] == [(b"kept", True), (b"0", False)]
+
+
+def test_what_is_held_for_a_first_reader_comes_once_though_it_is_retained_too(journal: Journal) -> None:
+    broker = broker_on(journal)
+    stream = journal.streams["commands"]
+    template = Template("depot", 1, "s", None, "x", annotations={ANNOTATION_RETAIN: True})
+    seq = journal.append(stream, "commands/x", template.encode, b"kept")
+    broker.retain_received(stream, seq, "commands/x", template.encode(seq, b"kept"), None)
+    commit(broker)
+    first = Outlet()
+    session, _ = come(broker, "first", first)
+    subscribe(broker, session, "commands/#")
+    assert first.payloads == [b"kept"]
+
+
 def test_retained_messages_survive_a_restart_and_expire_in_their_time(tmp_path: Path) -> None:
     now = 1000.0
     journal = Journal.open(tmp_path, clock=lambda: now)
@@ -650,6 +685,21 @@ def test_sessions_that_want_nothing_of_it_do_not_hold_a_stream(journal: Journal)
     journal.write_cursors()
     commit(broker)
     assert broker.local.rows == 0
+
+
+def test_a_message_of_qos_2_goes_again_after_a_restart_as_its_subscription_asks(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path)
+    broker = broker_on(journal)
+    session, _ = come(broker, "app", Outlet())
+    subscribe(broker, session, "a/#", 2, options=2, identifier=7)
+    say(broker, "a/x", b"1", 2, retain=True)
+    journal.close()
+    journal = Journal.open(tmp_path)
+    broker = broker_on(journal)
+    outlet = Outlet()
+    come(broker, "app", outlet)
+    assert [(g.payload, g.qos, g.retain, g.dup, g.identifiers) for g in outlet.got] == [(b"1", 2, True, True, (7,))]
+    journal.close()
 
 
 def test_a_reader_with_much_to_pass_over_comes_back_until_it_has_what_it_wants(journal: Journal) -> None:

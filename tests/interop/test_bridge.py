@@ -300,6 +300,7 @@ def test_properties_cross_the_bridge_both_ways(tmp_path: Path, start: Callable[.
         properties.ResponseTopic = "answers/here"
         properties.CorrelationData = b"\x00\x01"
         properties.MessageExpiryInterval = 600
+        properties.PayloadFormatIndicator = 1
         properties.UserProperty = [("a", "1"), ("a", "2")]
         sender = Client(hub.port, MQTTProtocolVersion.MQTTv5)
         sender.client.publish("down", b"go", qos=1, properties=properties)
@@ -314,6 +315,7 @@ def test_properties_cross_the_bridge_both_ways(tmp_path: Path, start: Callable[.
             b"\x00\x01",
         )
         assert found.UserProperty == [("a", "1"), ("a", "2")]
+        assert found.PayloadFormatIndicator == 1
         hub.end()
         app.client.publish("train/door", b"shut", qos=1, properties=properties)
         wait_until(lambda: daemon.rows() == 1)
@@ -323,6 +325,7 @@ def test_properties_cross_the_bridge_both_ways(tmp_path: Path, start: Callable[.
     assert (message.body, message.content_type, message.reply_to) == (b"shut", "text/plain", "answers/here")
     assert message.correlation_id == b"\x00\x01"
     assert message.annotations["x-opt-lineside-user-properties"] == ["a", "1", "a", "2"]
+    assert message.annotations["x-opt-lineside-payload-format"] == 1
     assert message.ttl_ms is not None
     assert 590_000 < message.ttl_ms <= 600_000
 

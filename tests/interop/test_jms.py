@@ -388,7 +388,7 @@ def test_what_jms_apps_send_reaches_an_mqtt_subscriber_whole_and_in_order_throug
         found = _properties(message)
         found["UserProperty"] = sorted(found["UserProperty"])
         assert found == {
-            "CorrelationData": b"\0amqp-sc-%d" % number,
+            "CorrelationData": b"c-%d" % number,
             "UserProperty": [
                 ("even", "true" if number % 2 == 0 else "false"),
                 ("long", str(number << 32)),

@@ -1,0 +1,73 @@
+"""What is wrong with a certificate or key file that OpenSSL does not take, in words that name the file.
+
+Asked only after something failed: the library that can tell is 8 MB of memory that a daemon whose files are good need
+not spend.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+FILE_BYTES_MAX: Final = 4 << 20  # a system's whole CA bundle is a quarter of a megabyte
+
+StrPath: TypeAlias = str | os.PathLike[str]
+
+
+class TLSFileError(ValueError):
+    """A certificate or key file can't be used. `path` is the one at fault; the text names it and says why."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+def check_pair(cert: Path, key: Path) -> None:
+    """Raise TLSFileError if the key can't be read, or is not that of the first certificate."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
+    leaf = check_certificates(cert)[0]
+    pem = read(key)
+    try:
+        private = load_pem_private_key(pem, password=None)
+    except TypeError as error:  # cryptography's word for "needs a password"
+        raise TLSFileError(key, "the key is encrypted; a daemon needs it in the clear") from error
+    except UnsupportedAlgorithm as error:
+        raise TLSFileError(key, f"a kind of key that is not supported: {error}") from error
+    except ValueError as error:
+        raise TLSFileError(key, "holds no private key in PEM form") from error
+    ours, theirs = (
+        public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        for public in (private.public_key(), leaf.public_key())
+    )
+    if ours != theirs:
+        raise TLSFileError(key, f"not the key of the first certificate in {cert}")
+
+
+def check_certificates(path: Path) -> list[x509.Certificate]:
+    """At least one, in the file's order. Raises TLSFileError."""
+    from cryptography import x509
+
+    pem = read(path)
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except ValueError as error:
+        raise TLSFileError(path, "holds no certificate in PEM form, or a damaged one") from error
+
+
+def read(path: Path) -> bytes:
+    """The file, bounded. Raises TLSFileError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise TLSFileError(path, (error.strerror or str(error)).lower()) from error
+    if len(data) > FILE_BYTES_MAX:
+        raise TLSFileError(path, f"larger than {FILE_BYTES_MAX} bytes: not a certificate or key file")
+    return data
