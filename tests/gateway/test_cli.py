@@ -376,6 +376,13 @@ def test_status_shows_what_the_daemon_says(state: Path, daemon: Daemon) -> None:
         assert word in out, word
 
 
+def test_status_shows_a_hubs_notes_where_nothing_is_wrong(state: Path, daemon: Daemon) -> None:
+    hub = STATUS["hubs"][0] | {"notes": ["edge: sent again", "yard: may be lost"]}
+    daemon.answer = says(STATUS | {"hubs": [hub]})
+    out = " ".join(run("status", "--state-dir", state).stdout.split())
+    assert "edge: sent again; yard: may be lost" in out
+
+
 def test_status_and_clients_answer_with_the_daemon_stopped(state: Path) -> None:
     told = run_json("status", "--state-dir", state)
     assert (told["daemon"], told["losses"], told["dead"]) == ("stopped", 70, 3)

@@ -36,6 +36,7 @@ from gateway.amqp.engine import (
     Event,
     Expiry,
     Failed,
+    LinkAttached,
     LinkClosed,
     OutcomeKind,
     RemoteClosed,
@@ -409,17 +410,23 @@ class _Taker(_End):
     def __init__(self) -> None:
         super().__init__()
         self.bodies: list[bytes] = []
+        self.attached = threading.Event()
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, Deliveries):
+        if isinstance(event, LinkAttached):
+            self.attached.set()
+        elif isinstance(event, Deliveries):
             self.bodies += [body for _, body in event.batch]
             event.receiver.accept([handle for handle, _ in event.batch])
             event.receiver.topup(CREDIT)
 
 
-async def take(port: int, address: str, count: int, timeout_s: float = 40.0) -> list[bytes]:
-    """`count` messages as the bytes that came."""
+async def take(
+    port: int, address: str, count: int, timeout_s: float = 40.0, attached: threading.Event | None = None
+) -> list[bytes]:
+    """`count` messages as the bytes that came; `attached` is set as soon as none can be missed."""
     end = _Taker()
+    end.attached = attached or end.attached
     try:
         engine = await end.connect(port)
         engine.receiver(engine.session(), "taker", _terminus(address, False), credit=CREDIT)

@@ -388,7 +388,7 @@ def test_what_jms_apps_send_reaches_an_mqtt_subscriber_whole_and_in_order_throug
         found = _properties(message)
         found["UserProperty"] = sorted(found["UserProperty"])
         assert found == {
-            "CorrelationData": b"\0amqp-sc-%d" % number,
+            "CorrelationData": b"c-%d" % number,
             "UserProperty": [
                 ("even", "true" if number % 2 == 0 else "false"),
                 ("long", str(number << 32)),
@@ -548,7 +548,10 @@ def test_every_section_of_a_local_apps_message_is_at_the_hub_what_it_was(rig: Ri
 
 
 def test_every_section_of_a_message_from_the_hub_is_at_a_local_app_what_it_was(rig: Rig) -> None:
-    taken = asyncio.run_coroutine_threadsafe(harness.take(rig.amqp_port, "commands/go", len(BARE)), rig.loop.loop)
+    attached = threading.Event()
+    taking = harness.take(rig.amqp_port, "commands/go", len(BARE), attached=attached)
+    taken = asyncio.run_coroutine_threadsafe(taking, rig.loop.loop)
+    assert attached.wait(20)
     rig.loop.run(harness.put(rig.artemis.port, rig.into, [_HEADER + _NOTES + b"".join(bare) for bare in BARE]))
     for body, bare in zip(taken.result(60), BARE, strict=True):
         _judge(body, bare, stamped=False)
