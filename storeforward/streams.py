@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from storeforward.schema import SEQ_BITS
 
 COLUMNS = 6  # of a message row
-TAIL_ROWS_MAX = 8192
+TAIL_ROWS_MAX = 4096
 TAIL_BYTES_MAX = 1 << 20
 
 
