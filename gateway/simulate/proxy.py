@@ -216,23 +216,36 @@ class FaultyLine:
         return int(self._near.listen.rpartition(":")[2])
 
     def apply(self, state: LineState) -> None:
-        """Make the line so. What stays as it was is not touched: a connection may live on it."""
+        """Make the line so. What stays as it was is not touched: a connection may live on it.
+
+        New toxics come first and stand last in Toxiproxy's chain, so that what was on its way at a tunnel's entrance
+        is swallowed, not let go. Old ones then go last first: one that is taken away empties its queue into the next,
+        and into a narrow bandwidth that takes as long as the radio would have taken.
+        """
         before = {spec.name: spec for spec in self._state.toxics}
         after = {spec.name: spec for spec in state.toxics}
-        for name, spec in before.items():
-            if after.get(name) != spec:
-                self._near.destroy_toxic(name)
         for name, spec in after.items():
-            if before.get(name) != spec:
+            if name not in before:
                 self._near.add_toxic(
                     name=name, type=spec.type, stream=spec.stream, attributes=dict(spec.attributes), toxicity=1.0
                 )
+            elif before[name] != spec:
+                self._update(name, spec)
+        for name in reversed(before):
+            if name not in after:
+                self._near.destroy_toxic(name)
         if state.enabled != self._state.enabled:
             _switch(self._near, state.enabled)
         if state.sever:
             _switch(self._far, False)
             _switch(self._far, True)
         self._state = state
+
+    def _update(self, name: str, spec: ToxicSpec) -> None:
+        """The client has no word for it; its consumer of the interface has."""
+        from toxiproxy.api import APIConsumer
+
+        APIConsumer.post(f"/proxies/{self._near.name}/toxics/{name}", json={"attributes": dict(spec.attributes)})
 
     def close(self) -> None:
         for proxy in (self._near, self._far):

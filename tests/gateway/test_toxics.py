@@ -18,7 +18,8 @@ import requests
 from toxiproxy import Toxiproxy
 from toxiproxy.exceptions import InvalidToxic, NotFound, ProxyExists
 
-from gateway.simulate.proxy import free_ports, toxiproxy_binary
+from gateway.simulate.proxy import FaultyLine, LineState, Server, free_ports, line_state, toxiproxy_binary
+from gateway.simulate.scenario import Step
 from tests import parts
 
 HOST = "127.0.0.1"
@@ -291,6 +292,37 @@ def test_limit_data_closes_after_so_many_bytes(proxy: Any) -> None:
         while piece := sock.recv(100):
             got += piece
         assert bytes(got) == b"0123456789"
+
+
+def received_until_quiet(sock: socket.socket) -> int:
+    sock.settimeout(0.5)
+    count = 0
+    try:
+        while piece := sock.recv(65536):
+            count += len(piece)
+    except TimeoutError:
+        return count
+    pytest.fail("the connection ended, and a tunnel ends nothing")
+
+
+def test_a_tunnel_after_a_narrow_radio_begins_at_once_and_swallows_what_was_queued(url: str, proxy: Any) -> None:
+    server = Server(HOST, int(url.rpartition(":")[2]), "under test")
+    line = FaultyLine(server, proxy.upstream)
+    try:
+        narrow = Step.model_validate({"link": "up", "for": "10s", "latency": "100ms", "bandwidth": "9.6kbit/s"})
+        line.apply(line_state(narrow))
+        with socket.create_connection((HOST, line.port), WAIT_S) as sock:
+            round_trip(sock, b"before")
+            sock.sendall(os.urandom(20_000))
+            began = time.monotonic()
+            line.apply(line_state(Step.model_validate({"link": "tunnel", "for": "10s"})))
+            assert time.monotonic() - began < 2.0
+            assert received_until_quiet(sock) < 5_000
+        line.apply(LineState())
+        with socket.create_connection((HOST, line.port), WAIT_S) as sock:
+            assert round_trip(sock, os.urandom(20_000)) < 1.0
+    finally:
+        line.close()
 
 
 def test_a_disabled_proxy_drops_its_connections_and_refuses_new_ones(proxy: Any) -> None:
