@@ -203,6 +203,7 @@ class FaultyLine:
         self._client.update_api_consumer(found.host, found.port)
         mark = f"lineside-{os.getpid()}-{secrets.token_hex(3)}"
         self._state = LineState()
+        self._chain: list[str] = []  # in the order in which Toxiproxy has them
         self._far: Any = self._client.create(upstream=hub, name=f"{mark}-far", listen=f"{HOST}:0")
         try:
             self._near: Any = self._client.create(upstream=self._far.listen, name=f"{mark}-near", listen=f"{HOST}:0")
@@ -216,23 +217,39 @@ class FaultyLine:
         return int(self._near.listen.rpartition(":")[2])
 
     def apply(self, state: LineState) -> None:
-        """Make the line so. What stays as it was is not touched: a connection may live on it."""
+        """Make the line so. What stays as it was is not touched: a connection may live on it.
+
+        New toxics come first and stand last in Toxiproxy's chain, so that what was on its way at a tunnel's entrance
+        is swallowed, not let go. Old ones are then changed or taken away, last first: a toxic that waits for the next
+        one to take something hears of nothing before, and behind a narrow bandwidth that is as long as a radio takes.
+        """
         before = {spec.name: spec for spec in self._state.toxics}
         after = {spec.name: spec for spec in state.toxics}
-        for name, spec in before.items():
-            if after.get(name) != spec:
-                self._near.destroy_toxic(name)
+        old = list(reversed(self._chain))
         for name, spec in after.items():
-            if before.get(name) != spec:
+            if name not in before:
                 self._near.add_toxic(
                     name=name, type=spec.type, stream=spec.stream, attributes=dict(spec.attributes), toxicity=1.0
                 )
+                self._chain.append(name)
+        for name in old:
+            if name not in after:
+                self._near.destroy_toxic(name)
+                self._chain.remove(name)
+            elif before[name] != after[name]:
+                self._update(name, after[name])
         if state.enabled != self._state.enabled:
             _switch(self._near, state.enabled)
         if state.sever:
             _switch(self._far, False)
             _switch(self._far, True)
         self._state = state
+
+    def _update(self, name: str, spec: ToxicSpec) -> None:
+        """The client has no word for it; its consumer of the interface has."""
+        from toxiproxy.api import APIConsumer
+
+        APIConsumer.post(f"/proxies/{self._near.name}/toxics/{name}", json={"attributes": dict(spec.attributes)})
 
     def close(self) -> None:
         for proxy in (self._near, self._far):

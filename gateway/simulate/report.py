@@ -34,6 +34,8 @@ COLOURS = {
     "hub-slow": "#9db7d5",
 }
 
+NARROW = "#8fbf9f"
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #20242a; --paper: #fff; --faint: #d8dce2;
   --curve: #1f5fa8; --curve2: #c76b1f; }
@@ -152,6 +154,14 @@ def _clock(at_s: float) -> str:
     return f"{at_s:g} s"
 
 
+def _colour(link: str) -> str:
+    """By its first word; a line that is up and narrow is a darker green than one without bounds."""
+    name, _, shape = link.partition(",")
+    if name == "up" and "kbit/s" in shape:
+        return NARROW
+    return COLOURS.get(name, "#999")
+
+
 def _line(result: Result, end_s: float) -> str:
     """A band in the colours of the line's states."""
     out = [f'<svg viewBox="0 0 {WIDTH} {LINE_HEIGHT + 18}" role="img" aria-label="state of the line over time">']
@@ -162,7 +172,7 @@ def _line(result: Result, end_s: float) -> str:
         title = f"{mark.link}, {mark.at_s:.1f} to {until:.1f} s"
         out.append(
             f'<rect x="{x:.1f}" y="4" width="{max(0.4, x2 - x):.1f}" height="{LINE_HEIGHT - 8}" '
-            f'fill="{COLOURS.get(mark.link, "#999")}"><title>{_text(title)}</title></rect>'
+            f'fill="{_colour(mark.link)}"><title>{_text(title)}</title></rect>'
         )
     out += [
         f'<text x="{_x(at, end_s):.1f}" y="{LINE_HEIGHT + 12}" text-anchor="middle">{_clock(at)}</text>'
@@ -175,7 +185,7 @@ def _legend(result: Result) -> str:
     seen = dict.fromkeys(mark.link for mark in result.marks)
     return (
         '<p class="legend">'
-        + "".join(f'<span><i style="background:{COLOURS.get(link, "#999")}"></i>{_text(link)}</span>' for link in seen)
+        + "".join(f'<span><i style="background:{_colour(link)}"></i>{_text(link)}</span>' for link in seen)
         + "</p>"
     )
 

@@ -371,7 +371,7 @@ class Simulation:
             if step.is_cut and not down:
                 self._returns.cut()
             down = step.is_cut
-            self._mark(step.link)
+            self._mark(step.label)
             await asyncio.to_thread(line.apply, proxy.line_state(step))
             if step.link == "half-open":
                 self._restored()  # whoever dials anew gets through: the rest is up to the gateway

@@ -20,7 +20,7 @@ from gateway import config as gateway_config
 from gateway.config import Name, TopicFilter
 from gateway.config_fields import from_value_error, read_document, seconds, size, toml_document, wrong
 from gateway.config_problems import ConfigErrors, Report
-from gateway.config_values import HubUrl, parse_hub_url
+from gateway.config_values import HubUrl, parse_hub_url, show_duration
 from gateway.errors import ConfigError
 
 GATEWAYS_MAX = 100
@@ -152,6 +152,17 @@ class Step(_Table):
     )
     every_s: Annotated[float | None, seconds(0.05, 3600)] = Field(default=None, alias="every", examples=["2s"])
     kill: StrictBool = False
+
+    @property
+    def label(self) -> str:
+        """The line in words: "up, 600 ms, 9.6 kbit/s"."""
+        parts: list[str] = [self.link]
+        if self.latency_s:
+            parts.append(show_duration(self.latency_s))
+        if self.bandwidth_bit_s is not None:
+            unit = next(unit for unit in ("Gbit/s", "Mbit/s", "kbit/s") if self.bandwidth_bit_s >= _BITS[unit])
+            parts.append(f"{self.bandwidth_bit_s / _BITS[unit]:.4g} {unit}")
+        return ", ".join(parts)
 
     @property
     def is_cut(self) -> bool:

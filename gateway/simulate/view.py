@@ -58,7 +58,7 @@ class View:
             if s.at_s >= self._next_s:
                 self._next_s = s.at_s + PLAIN_EVERY_S
                 self._console.print(
-                    f"{s.at_s:6.1f} s  {s.link:18} links {s.links_up:3}  backlog {s.backlog:7}  "
+                    f"{s.at_s:6.1f} s  {s.link:24} links {s.links_up:3}  backlog {s.backlog:7}  "
                     f"delivered {s.delivered}/{s.published}",
                     highlight=False,
                     soft_wrap=True,
@@ -77,7 +77,7 @@ class View:
         for backlog, up in self._history:
             spark.append(BARS[min(8, (backlog * 8 + top - 1) // top)], "green" if up else "red")
         grid = Table.grid(padding=(0, 2))
-        grid.add_row("line", Text(s.link, "bold green" if s.link == "up" else "bold red"))
+        grid.add_row("line", Text(s.link, "bold green" if s.link.startswith("up") else "bold red"))
         grid.add_row("links up", f"{s.links_up} of {self._scenario.gateways.count}")
         grid.add_row("backlog", f"{s.backlog:,} messages, {s.in_flight:,} in flight")
         grid.add_row("delivered", f"{s.delivered:,} of {s.published:,}")

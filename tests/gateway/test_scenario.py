@@ -153,6 +153,11 @@ def test_latency_is_halved_to_each_way_and_bandwidth_is_in_whole_kilobytes() -> 
     assert attributes["bandwidth_upstream"] == {"rate": 1}
 
 
+def test_a_step_is_told_in_the_words_of_the_file() -> None:
+    assert step(link="up", latency="600ms", bandwidth="9.6kbit/s").label == "up, 600ms, 9.6 kbit/s"
+    assert step(link="tunnel").label == "tunnel"
+
+
 # ---------------------------------------------------------------------- the verdict
 
 KEPT = verdict.Measured(

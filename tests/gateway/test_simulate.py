@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from gateway.simulate import disk
+from gateway.faultlink import FaultLink
+from gateway.simulate import disk, verify
+from gateway.simulate.fleet import Daemon
 from gateway.simulate.proxy import free_ports
 from gateway.simulate.report import render
 from gateway.simulate.runner import Result, Sample, Simulation
 from gateway.simulate.scenario import loads
 from gateway.simulate.verify import STATE_FILE, count, read_record
-from tests.daemon import HUB_CONFIG, Daemon
+from tests.daemon import HUB_CONFIG
+from tests.daemon import Daemon as Hub
 
 SHORT = """\
 title = "Short"
@@ -109,7 +112,7 @@ def test_the_built_in_proxy_does_where_toxiproxy_is_not(tmp_path: Path, monkeypa
 def test_a_hub_that_runs_already_is_used_by_its_url(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     (tmp_path / "hub").mkdir()
-    hub = Daemon(tmp_path / "hub", HUB_CONFIG, port)
+    hub = Hub(tmp_path / "hub", HUB_CONFIG, port)
     try:
         hub.status()
         text = SHORT.format(fault=FAULTS["tunnel"])
@@ -198,6 +201,45 @@ def test_an_interrupted_verify_stops_its_daemons_and_is_resumed_with_its_record(
     assert said["cycles"] == before + 1
     assert said["interrupted"] == 1
     assert said["lost"] == 0
+
+
+async def waiting(daemon: Daemon, messages: int) -> None:
+    while True:
+        status = await daemon.ask("status")
+        if next(each for each in status["streams"] if each["direction"] == "outbound")["waiting"] >= messages:
+            return
+        await asyncio.sleep(0.02)
+
+
+def test_verify_sees_a_gateway_that_forgets_what_it_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill = Daemon.kill
+    lines: list[FaultLink] = []
+
+    def line(port: int) -> FaultLink:
+        lines.append(FaultLink(port))
+        return lines[-1]
+
+    async def kill_and_lose(daemon: Daemon) -> None:
+        lines[0].cut()
+        async with asyncio.timeout(20):
+            await waiting(daemon, 10)
+        await kill(daemon)
+        for path in daemon.state.glob("journal.db*"):
+            path.unlink()
+        lines[0].restore()
+
+    monkeypatch.setattr(verify, "FaultLink", line)
+    monkeypatch.setattr(Daemon, "kill", kill_and_lose)
+    monkeypatch.setattr(verify, "WEIGHTS", {verify.Blow.KILL_GATEWAY: 1})
+    monkeypatch.setattr(verify, "SETTLE_S_MAX", 5.0)
+    run = verify.Verify(tmp_path / "try", 1, False, lambda tried, blow: None)
+    asyncio.run(run.run())
+    assert run.tried.lost > 0
+    assert run.tried.unaccounted > 0
+    assert run.tried.missing
+    assert not run.tried.kept
 
 
 def test_verify_never_touches_a_directory_that_holds_anything(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import requests
 from toxiproxy import Toxiproxy
 from toxiproxy.exceptions import InvalidToxic, NotFound, ProxyExists
 
-from gateway.simulate.proxy import free_ports, toxiproxy_binary
+from gateway.simulate.proxy import FaultyLine, LineState, Server, free_ports, line_state, toxiproxy_binary
+from gateway.simulate.scenario import Step
 from tests import parts
 
 HOST = "127.0.0.1"
@@ -291,6 +292,62 @@ def test_limit_data_closes_after_so_many_bytes(proxy: Any) -> None:
         while piece := sock.recv(100):
             got += piece
         assert bytes(got) == b"0123456789"
+
+
+def received_until_quiet(sock: socket.socket) -> int:
+    sock.settimeout(0.5)
+    count = 0
+    try:
+        while piece := sock.recv(65536):
+            count += len(piece)
+    except TimeoutError:
+        return count
+    pytest.fail("the connection ended, and a tunnel ends nothing")
+
+
+def step(**keys: object) -> Step:
+    return Step.model_validate({"for": "10s"} | keys)
+
+
+NARROW = step(link="up", latency="100ms", bandwidth="9.6kbit/s")
+
+
+@pytest.fixture
+def line(url: str, proxy: Any) -> Iterator[FaultyLine]:
+    with closing(FaultyLine(Server(HOST, int(url.rpartition(":")[2]), "under test"), proxy.upstream)) as line:
+        yield line
+
+
+def apply_quickly(line: FaultyLine, state: LineState) -> None:
+    began = time.monotonic()
+    line.apply(state)
+    assert time.monotonic() - began < 2.0
+
+
+def test_a_tunnel_after_a_narrow_radio_begins_at_once_and_swallows_what_was_queued(line: FaultyLine) -> None:
+    line.apply(line_state(NARROW))
+    with socket.create_connection((HOST, line.port), WAIT_S) as sock:
+        round_trip(sock, b"before")
+        sock.sendall(os.urandom(20_000))
+        apply_quickly(line, line_state(step(link="tunnel")))
+        assert received_until_quiet(sock) < 5_000
+    apply_quickly(line, LineState())
+    with socket.create_connection((HOST, line.port), WAIT_S) as sock:
+        assert round_trip(sock, os.urandom(20_000)) < 1.0
+
+
+def test_wi_fi_after_a_narrow_radio_takes_what_was_queued_at_once(line: FaultyLine) -> None:
+    line.apply(line_state(NARROW))
+    with socket.create_connection((HOST, line.port), WAIT_S) as sock:
+        data = os.urandom(60_000)
+        sock.sendall(data)
+        time.sleep(0.5)  # so that the queue stands in every toxic
+        apply_quickly(line, line_state(step(link="up", latency="10ms", bandwidth="54Mbit/s")))
+        got = bytearray()
+        sock.settimeout(3.0)
+        while len(got) < len(data):
+            got += sock.recv(65536)
+        assert bytes(got) == data
 
 
 def test_a_disabled_proxy_drops_its_connections_and_refuses_new_ones(proxy: Any) -> None:
