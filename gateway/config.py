@@ -515,7 +515,7 @@ def explain(config: Config) -> list[str]:
             f"stream {inbound.stream} (inbound): {inbound.hub}'s {inbound.address_for(gateway.id)} to local topic "
             f"{fill(inbound.topic, gateway=gateway.id, subject='<subject>')}, up to "
             f"{show_size(inbound.max_bytes)} and {inbound.max_messages} messages, credit {inbound.credit}; "
-            f"remembers {inbound.dedup} identities"
+            f"remembers {inbound.dedup} identities of each sender"
         )
     lines += [f"address {each.name} is a {each.kind} to AMQP apps" for each in config.addresses]
     local = config.local

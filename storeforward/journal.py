@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from zlib import crc32
@@ -28,7 +27,7 @@ from storeforward.errors import JournalCorrupt, JournalError, JournalFull, Journ
 from storeforward.lock import StateLock
 from storeforward.schema import SEQ_BITS, SEQ_MASK
 from storeforward.space import Space, spend
-from storeforward.streams import COLUMNS, Chunk, Cursor, Row, Stream, StreamLimits, WhenFull
+from storeforward.streams import COLUMNS, SENDER_BYTES, Chunk, Cursor, Row, Stream, StreamLimits, WhenFull
 
 ROWS_A_STATEMENT = 64
 
@@ -294,6 +293,7 @@ class Journal:
                 "SELECT identity, id FROM seen WHERE id BETWEEN ? AND ? ORDER BY id", (base, base | SEQ_MASK)
             ):
                 stream.seen[identity] = at
+                stream.remember_sender(identity)
             self._adopt(stream)
         for id_, stream_id, name, kind, position in w.execute("SELECT id, stream, name, kind, position FROM cursor"):
             self._by_id[stream_id].cursors[name] = Cursor(id_, name, kind, position, position)
@@ -1014,12 +1014,11 @@ class Journal:
             "INSERT INTO seen (id, identity) VALUES (?, ?)",
             [(at, identity) for identity, at in appended.identities],
         )
-        over = len(stream.seen) - stream.limits.seen_max
-        if over > 0:
-            oldest = appended.forgotten = list(islice(stream.seen.items(), over))
-            for identity, _ in oldest:
-                del stream.seen[identity]
-            self._w.execute("DELETE FROM seen WHERE id BETWEEN ? AND ?", (oldest[0][1], oldest[-1][1]))
+        for identity, _ in appended.identities:
+            stream.remember_sender(identity)
+        appended.forgotten = stream.forget_oldest({identity[:SENDER_BYTES] for identity, _ in appended.identities})
+        if appended.forgotten:
+            ex("DELETE FROM seen WHERE id = ?", [(at,) for _, at in appended.forgotten])
 
     def _delete(
         self, stream: Stream, into: Batch | None, *, all_of_it: bool = False, before: int | None = None
@@ -1103,8 +1102,7 @@ class Journal:
         for stream, appended in batch.appended.items():
             for identity, _ in appended.identities:
                 stream.seen.pop(identity, None)
-            if appended.forgotten:
-                stream.seen = dict(appended.forgotten) | stream.seen
+            stream.take_back(appended.identities, appended.forgotten)
         self.dead_count += len(batch.revived)
         for dead_id in batch.dropped:
             pending.dropped.setdefault(dead_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple
 from storeforward.schema import SEQ_BITS
 
 COLUMNS = 6  # of a message row
+SENDER_BYTES = 6  # of an identity: who sent it
+SEEN_TOTAL = 200_000  # identities of all senders of a stream together, while each keeps its least
+SEEN_LEAST = 1_500
 TAIL_ROWS_MAX = 4096
 TAIL_BYTES_MAX = 1 << 20
 
@@ -51,6 +55,8 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
+    """`seen_max`: identities of received messages that are remembered of each sender."""
+
     bytes_max: int = 64 << 20
     messages_max: int = 10_000_000
     when_full: WhenFull = WhenFull.REFUSE
@@ -72,6 +78,7 @@ class Stream:
     limits: StreamLimits = field(default_factory=StreamLimits)
     cursors: dict[str, Cursor] = field(default_factory=dict)
     seen: dict[bytes, int] = field(default_factory=dict)
+    senders: dict[bytes, deque[bytes]] = field(default_factory=dict)
     tail: deque[Chunk] = field(default_factory=deque)
     tail_bytes: int = 0
     tail_rows: int = 0
@@ -92,6 +99,49 @@ class Stream:
     def waiting(self) -> int:
         """How many messages somebody still needs; rows that all are done with may be there a little longer."""
         return max(0, self.rows - (self.low() - self.first_seq))
+
+    def remember_sender(self, identity: bytes) -> None:
+        """File an identity under who sent it, the newest last; of the senders, too, the latest is the last."""
+        sender = identity[:SENDER_BYTES]
+        known = self.senders.pop(sender, None)
+        if known is None:
+            known = deque()
+        known.append(identity)
+        self.senders[sender] = known
+
+    def forget_oldest(self, senders: Iterable[bytes]) -> list[tuple[bytes, int]]:
+        """Forget what these senders have beyond their share; return it with the ids it was stored under.
+
+        A share is `seen_max`, less where many senders share SEEN_TOTAL, but never less than SEEN_LEAST: forty gateways
+        that come back at once must not make the hub forget the window of the last of them. Where even that is too
+        much, those who have been silent longest are forgotten.
+        """
+        share = min(self.limits.seen_max, max(SEEN_LEAST, SEEN_TOTAL // max(1, len(self.senders))))
+        over: list[tuple[bytes, int]] = []
+        for sender in senders:
+            known = self.senders[sender]
+            while len(known) > share:
+                self._forget(known.popleft(), over)
+        while len(self.seen) > max(SEEN_TOTAL, self.limits.seen_max) and len(self.senders) > 1:
+            silent = next(iter(self.senders))
+            for identity in self.senders.pop(silent):
+                self._forget(identity, over)
+        return over
+
+    def _forget(self, identity: bytes, over: list[tuple[bytes, int]]) -> None:
+        at = self.seen.pop(identity, None)
+        if at is not None:
+            over.append((identity, at))
+
+    def take_back(self, added: list[tuple[bytes, int]], forgotten: list[tuple[bytes, int]]) -> None:
+        """A commit failed: its identities, which `seen` has lost already, and what it forgot, are as they were."""
+        for identity, _ in reversed(added):
+            known = self.senders.get(identity[:SENDER_BYTES])
+            if known and known[-1] == identity:
+                known.pop()
+        for identity, at in reversed(forgotten):
+            self.seen[identity] = at
+            self.senders.setdefault(identity[:SENDER_BYTES], deque()).appendleft(identity)
 
     def remember(self, chunk: Chunk) -> None:
         """Keep the newest commits in memory, within bounds, so that live readers do not go to the disk."""

@@ -14,11 +14,13 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 from uuid import UUID
 
 from gateway.errors import PeerError
+from storeforward.streams import SENDER_BYTES
 
 ANNOTATION_QOS = "x-opt-lineside-qos"
 ANNOTATION_RETAIN = "x-opt-retain-message"
@@ -739,7 +741,8 @@ def _find_id(b: bytes) -> bytes | None:
 def identity(body: bytes) -> bytes | None:
     """16 bytes that stand for the message's identity, None if it has none. Raises MessageError.
 
-    That is the gateway's own identity in the annotations if present, else the message-id with its type.
+    That is the gateway's own identity in the annotations if present, else the message-id with its type. The first
+    SENDER_BYTES stand for who sent it: what is remembered of one sender must not push out another's.
     """
     try:
         found = _find_id(body)
@@ -747,13 +750,25 @@ def identity(body: bytes) -> bytes | None:
         raise MessageError("truncated") from short
     except UnicodeError as bad:
         raise MessageError("a string is not UTF-8") from bad
-    return None if found is None else blake2b(found, digest_size=IDENTITY_BYTES).digest()
+    return None if found is None else _digest(found)
+
+
+def _digest(typed_id: bytes) -> bytes:
+    parts = typed_id.split(b":")
+    # <gateway>:<epoch>:<stream>:<seq>: across epochs it is the same sender. All others are taken for one.
+    sender = parts[0] + b":" + parts[2] if len(parts) == 4 and len(parts[3]) == 12 else b""
+    return _sender_digest(sender) + blake2b(typed_id, digest_size=IDENTITY_BYTES - SENDER_BYTES).digest()
+
+
+@lru_cache(maxsize=1024)
+def _sender_digest(sender: bytes) -> bytes:
+    return blake2b(sender, digest_size=SENDER_BYTES).digest()
 
 
 def lineside_identity(message: Message) -> bytes | None:
     """As `identity`, but only for ids that a gateway gave: an app may use its own message-ids as often as it likes."""
     given = given_id(message)
-    return None if given is None else blake2b(b"s" + given.encode(), digest_size=IDENTITY_BYTES).digest()
+    return None if given is None else _digest(b"s" + given.encode())
 
 
 def given_id(message: Message) -> str | None:

@@ -203,7 +203,7 @@ def append(journal: Journal, told: Told, name: str, count: int, size: int) -> No
     stream = journal.streams[name]
     for _ in range(count):
         try:
-            seq = journal.append(stream, "a/b", encode, os.urandom(size), identity=os.urandom(16))
+            seq = journal.append(stream, "a/b", encode, os.urandom(size), identity=b"sender" + os.urandom(10))
         except JournalFull:
             continue
         journal.wait(told, seq)

@@ -183,6 +183,27 @@ def test_identities_are_remembered_across_restarts_and_no_more_than_the_limit(tm
     journal.close()
 
 
+def test_what_one_sender_sends_does_not_push_out_the_identities_of_another(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path)
+    stream = journal.stream("local", "local", StreamLimits(seen_max=50))
+
+    def take(sender: bytes, first: int, count: int) -> None:
+        for n in range(first, first + count):
+            journal.append(stream, "a", lambda seq, payload: payload, b"x", identity=sender + b"%010d" % n)
+        journal.commit_now()
+
+    take(b"late--", 0, 40)
+    take(b"busy--", 0, 5000)
+    take(b"busy--", 5000, 10)
+    assert {i for i in stream.seen if i[:6] == b"late--"} == {b"late--%010d" % n for n in range(40)}
+    assert [i for i in stream.seen if i[:6] == b"busy--"] == [b"busy--%010d" % n for n in range(4960, 5010)]
+    before = dict(stream.seen)
+    journal.close()
+    journal = Journal.open(tmp_path)
+    assert journal.streams["local"].seen == before
+    journal.close()
+
+
 def test_a_second_daemon_on_the_same_directory_is_refused_by_name(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path)
     with pytest.raises(JournalLocked, match=r"in use by another lineside \(pid \d+\)"):
