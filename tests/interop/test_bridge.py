@@ -262,6 +262,11 @@ def test_a_full_stream_leaves_the_rest_with_the_broker_until_there_is_room(
     hub_port = free_port()
     with Mosquitto(BROKER_OF[version], directory=tmp_path / "mosquitto") as broker:
         limits = 'when_full = "refuse"\nmax_messages = 100'
+        # Who reads at the hub is known there before anything comes: what nobody reads a topic does not keep.
+        hub = start(HUB_CONFIG, hub_port)
+        hub.status()
+        reader = App(hub.port, reads="edge")
+        hub.end()
         daemon = start(config_of(broker.url, version, limits=limits), hub_port)
         wait_up(daemon)
         app = App(broker.port)
@@ -273,9 +278,8 @@ def test_a_full_stream_leaves_the_rest_with_the_broker_until_there_is_room(
         assert 0 < status["unacknowledged"] <= 1000 - 100
         app.client.publish("train/speed", b"not promised", qos=0).wait_for_publish(WAIT_S)
         wait_until(lambda: daemon.status()["losses"] == 1)
-        hub = start(HUB_CONFIG, hub_port)
+        hub.start()
         hub.status()
-        reader = App(hub.port, reads="edge")
         wait_until(lambda: len(reader.got) == 1000, what=daemon.log.read_text)
         wait_until(lambda: daemon.rows() == 0)
         assert not bridge(daemon)["held"]
@@ -383,7 +387,7 @@ def test_a_topic_taken_out_of_the_configuration_is_no_longer_read(tmp_path: Path
         )
         daemon.process.send_signal(1)
         daemon.wait_for_log("configuration reloaded")
-        wait_up(daemon)
+        wait_until(lambda: daemon.log.read_text().count("bridge up") == 2, what=daemon.log.read_text)
         app = App(broker.port)
         app.client.publish("other/speed", b"0", qos=1)
         app.client.publish("train/speed", b"1", qos=1)

@@ -24,7 +24,7 @@ from tests import parts
 from tests.conftest import require
 from tests.pki import Certificate, Pki
 
-TIMEOUT_S = 20
+TIMEOUT_S = 40
 
 needs_proton_tls = pytest.mark.skipif(not SSL.present(), reason="this build of Proton has no TLS")
 
