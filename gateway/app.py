@@ -167,7 +167,7 @@ class App:
         tls: ServerTls | None = None
         if table.cert is not None and table.key is not None:
             try:
-                tls = ServerTls(TlsFiles(table.cert, table.key, table.client_ca, table.asks_for))
+                tls = ServerTls(TlsFiles(table.cert, table.key, table.client_ca, table.asks_for, table.crl))
             except TLSFileError as error:
                 raise StartError(f"[{what}] {error}") from error
             self._certificates.append(tls)

@@ -222,6 +222,7 @@ class _Listener(_Table):
     key: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.key"])
     client_ca: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/ca.pem"])
     client_cert: Literal["none", "optional", "required"] = "required"
+    crl: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/crl.pem"])
     password_file: FilePath | None = Field(default=None, examples=["/etc/lineside/passwords"])
     allow_anonymous: StrictBool | None = None
 
@@ -288,6 +289,7 @@ class Hub(_Table):
     ca: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/ca.pem"])
     cert: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.pem"])
     key: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/gateway.key"])
+    crl: FilePath | None = Field(default=None, examples=["/etc/lineside/pki/crl.pem"])
     sasl: Literal["auto", "external", "plain", "anonymous"] = "auto"
     user: str | None = Field(default=None, min_length=1, max_length=255, examples=["loco-4711"])
     password_file: FilePath | None = Field(default=None, examples=["/etc/lineside/depot.password"])
@@ -588,6 +590,7 @@ def _explain_tls(what: str, listener: _Listener, listens: tuple[Listen, ...]) ->
     if secure:
         clients = _CLIENT_CERT[listener.asks_for].format(ca=listener.client_ca)
         lines.append(f"{what} with TLS on {', '.join(secure)}: certificate {listener.cert}; {clients}")
+        lines += _explain_crl(listener.crl, "clients are")
         if listener.key is not None and _readable_by_all(listener.key):
             lines.append(f"note: {listener.key} can be read by every user: chmod 640 {listener.key}")
     elif listener.cert is not None:
@@ -628,12 +631,19 @@ def _explain_hub(hub: Hub) -> list[str]:
     lines = [f"hub {hub.name} ({hub.kind}) at {urls}, {who}"]
     if any(url.tls for url in hub.urls) and hub.ca is None:
         lines.append(f"note: hub {hub.name} is trusted by the system's certificate authorities, as ca is not set")
+    lines += _explain_crl(hub.crl, f"hub {hub.name} is")
     if any(not url.tls and not url.loopback for url in hub.urls):
         lines.append(f"note: hub {hub.name} is reached without TLS")
     for path in (hub.key, hub.password_file):
         if path is not None and _readable_by_all(path):
             lines.append(f"note: {path} can be read by every user: chmod 640 {path}")
     return lines
+
+
+def _explain_crl(crl: Path | None, whose: str) -> list[str]:
+    if crl is None:
+        return []
+    return [f"{whose} refused if revoked in {crl}, and once that list ends: `lineside pki show {crl}` tells when"]
 
 
 def _readable_by_all(path: Path) -> bool:

@@ -113,23 +113,23 @@ def _check_listeners(raw: Mapping[str, Any], base: Path, report: Report, check_f
 
 
 def _check_listener_tls(key: str, table: Mapping[str, Any], base: Path, report: Report, check_files: bool) -> None:
-    for one, other in (("cert", "key"), ("key", "cert"), ("client_ca", "cert")):
+    for one, other in (("cert", "key"), ("key", "cert"), ("client_ca", "cert"), ("crl", "client_ca")):
         if one in table and other not in table:
             report.add((key, other), f"it beside `{one}`", report.example((key, other)), missing=True)
             break
     if table.get("client_cert") in ("optional", "required") and "client_ca" not in table:
         expected = "`client_ca` beside it: the authority whose certificates are good"
         report.add((key, "client_cert"), expected, report.example((key, "client_ca")))
-    names = [name for name in ("cert", "key", "client_ca") if isinstance(table.get(name), str)]
+    names = [name for name in ("cert", "key", "client_ca", "crl") if isinstance(table.get(name), str)]
     if not check_files or not _check_files((key,), table, names, base, report) or not {"cert", "key"} <= set(names):
         return
     paths = {name: base / table[name] for name in names}
     from security.tls import TLSFileError, server_context  # only here: OpenSSL takes a while to load
 
     try:
-        server_context(paths["cert"], paths["key"], paths.get("client_ca"))
+        server_context(paths["cert"], paths["key"], paths.get("client_ca"), crl=paths.get("crl"))
     except TLSFileError as error:
-        at = next((name for name in ("key", "cert", "client_ca") if paths.get(name) == error.path), "cert")
+        at = next((name for name in ("key", "cert", "client_ca", "crl") if paths.get(name) == error.path), "cert")
         report.add((key, at), f"a file that TLS can use ({error})")
 
 
@@ -169,6 +169,8 @@ def _check_hub_urls(number: int, hub: Mapping[str, Any], report: Report) -> None
 def _check_hub_credentials(number: int, hub: Mapping[str, Any], report: Report) -> None:
     here: KeyPath = ("hub", number)
     _check_pairs(here, hub, report)
+    if "crl" in hub and "ca" not in hub:
+        report.add((*here, "ca"), "it beside `crl`", report.example((*here, "ca")), missing=True)
     sasl = hub.get("sasl", "auto")
     if sasl == "plain" and "user" not in hub:
         report.add((*here, "sasl"), "`user` and `password_file` beside it", 'sasl = "auto", or add both')
@@ -269,13 +271,20 @@ _PEM_MARKS = {
     "client_ca": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
     "cert": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
     "key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "crl": re.compile(rb"-----BEGIN X509 CRL-----"),
 }
-_PEM_NAMES = {"ca": "a certificate", "client_ca": "a certificate", "cert": "a certificate", "key": "a private key"}
+_PEM_NAMES = {
+    "ca": "a certificate",
+    "client_ca": "a certificate",
+    "cert": "a certificate",
+    "key": "a private key",
+    "crl": "a revocation list",
+}
 _PEM_MAX_BYTES = 4 << 20
 
 
 def _check_hub_files(number: int, hub: Mapping[str, Any], base: Path, report: Report) -> None:
-    _check_files(("hub", number), hub, ("ca", "cert", "key", "password_file"), base, report)
+    _check_files(("hub", number), hub, ("ca", "cert", "key", "crl", "password_file"), base, report)
 
 
 def _check_files(here: KeyPath, table: Mapping[str, Any], keys: Sequence[str], base: Path, report: Report) -> bool:

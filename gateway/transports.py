@@ -34,6 +34,7 @@ class TlsFiles:
     key: Path
     client_ca: Path | None = None
     client_cert: ClientCert = "none"
+    crl: Path | None = None
 
 
 class ServerTls:
@@ -67,11 +68,11 @@ class ServerTls:
 
     def _stamp(self) -> tuple[object, ...]:
         files = self._files
-        return file_stamp(files.cert, files.key, files.client_ca)
+        return file_stamp(files.cert, files.key, files.client_ca, files.crl)
 
     def _read(self) -> ssl.SSLContext:
         files = self._files
-        return server_context(files.cert, files.key, files.client_ca, files.client_cert)
+        return server_context(files.cert, files.key, files.client_ca, files.client_cert, files.crl)
 
 
 class Handshakes:

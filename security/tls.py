@@ -28,6 +28,7 @@ __all__ = [
 
 MINIMUM_VERSION: Final = ssl.TLSVersion.TLSv1_2
 _CERTIFICATE_MARK: Final = b"-----BEGIN CERTIFICATE-----"
+_CRL_MARK: Final = b"-----BEGIN X509 CRL-----"
 
 ClientCert: TypeAlias = Literal["none", "optional", "required"]
 Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
@@ -36,13 +37,17 @@ _VERIFY_MODE: Final = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "re
 
 
 def client_context(
-    ca: StrPath | None = None, cert: StrPath | None = None, key: StrPath | None = None
+    ca: StrPath | None = None,
+    cert: StrPath | None = None,
+    key: StrPath | None = None,
+    crl: StrPath | None = None,
 ) -> ssl.SSLContext:
     """The context of a side that dials.
 
     `ca`: PEM file of the authorities to trust, None for the system's. `cert` and `key`: PEM files of our own
     chain, leaf first, and its unencrypted key; None to show no certificate, `key` None if it is in `cert`.
-    Raises TLSFileError.
+    `crl`: PEM file of revocation lists; with it, a peer is refused that is in one of them, and so is one whose issuer
+    has no list there that is in its time. Raises TLSFileError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     _harden(context)
@@ -50,6 +55,8 @@ def client_context(
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     else:
         _trust(context, Path(ca))
+    if crl is not None:
+        _heed(context, Path(crl))
     if cert is not None:
         _present(context, Path(cert), Path(cert if key is None else key))
     elif key is not None:
@@ -58,7 +65,11 @@ def client_context(
 
 
 def server_context(
-    cert: StrPath, key: StrPath | None = None, client_ca: StrPath | None = None, client_cert: ClientCert = "required"
+    cert: StrPath,
+    key: StrPath | None = None,
+    client_ca: StrPath | None = None,
+    client_cert: ClientCert = "required",
+    crl: StrPath | None = None,
 ) -> ssl.SSLContext:
     """The context of a side that listens.
 
@@ -73,6 +84,8 @@ def server_context(
     if client_ca is not None:
         _trust(context, Path(client_ca))
         context.verify_mode = _VERIFY_MODE[client_cert]
+        if crl is not None:
+            _heed(context, Path(crl))
     return context
 
 
@@ -108,6 +121,21 @@ def _trust(context: ssl.SSLContext, path: Path) -> None:
         raise TLSFileError(path, f"OpenSSL does not take it: {_why(error)}") from error
     if context.cert_store_stats()["x509"] < marks:  # one stands there twice, or one does not read
         tls_faults.check_certificates(path)
+
+
+def _heed(context: ssl.SSLContext, path: Path) -> None:
+    """Refuse whom the revocation lists of this file name (RFC 5280 §6.3). Leaves only: what `ca` holds is trusted."""
+    marks = read(path).count(_CRL_MARK)
+    if not marks:
+        raise TLSFileError(path, "holds no revocation list in PEM form")
+    before = context.cert_store_stats()["crl"]
+    try:
+        context.load_verify_locations(cafile=path)
+    except (OSError, ssl.SSLError) as error:
+        raise TLSFileError(path, f"OpenSSL does not take it: {_why(error)}") from error
+    if context.cert_store_stats()["crl"] - before < marks:
+        raise TLSFileError(path, "holds a damaged revocation list, or one twice")
+    context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 
 
 def _present(context: ssl.SSLContext, cert: Path, key: Path) -> None:

@@ -348,7 +348,7 @@ class Artemis(Part):
                 f"sslEnabled=true;needClientAuth=true;keyStoreType=PEM;keyStorePath={self._server.bundle};"
                 f"trustStoreType=PEMCA;trustStorePath={self._ca};saslMechanisms=EXTERNAL,ANONYMOUS,PLAIN"
             )
-            acceptors += f'\n      <acceptor name="amqps">tcp://{HOST}:{self.tls_port}?{common};{tls}</acceptor>'
+            acceptors += f'\n      <acceptor name="amqps">tcp://{HOST}:{self.tls_port}?{tls};{common}</acceptor>'
         permissions = "".join(
             f'<permission type="{kind}" roles="amq"/>'
             for kind in (

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "publish": ("gateway.cli.client:publish", "Send messages over MQTT."),
     "subscribe": ("gateway.cli.client:subscribe", "Receive messages over MQTT."),
     "passwd": ("gateway.cli.passwd:passwd", "Set, remove or list the passwords of local apps."),
+    "pki": ("gateway.cli.pki:pki", "A private certificate authority for a fleet."),
 }
 
 

@@ -230,7 +230,7 @@ class HubLink:
             return None
         from security.tls import client_context  # OpenSSL is memory that a link on loopback need not spend
 
-        return client_context(self.hub.ca, self.hub.cert, self.hub.key)
+        return client_context(self.hub.ca, self.hub.cert, self.hub.key, self.hub.crl)
 
     def engine(self, url: HubUrl) -> Engine:
         hub = self.hub

@@ -1,0 +1,105 @@
+"""Real brokers run on what `lineside pki` made, and a gateway reaches them with its certificate."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from gateway.cli.main import cli
+from tests import parts
+from tests.conftest import require
+from tests.daemon import WAIT_S, Client, Daemon
+from tests.pki import Certificate
+
+PASSWORD = "battery-staple"
+
+GATEWAY = """
+[gateway]
+id = "{name}"
+state_dir = "{{state}}"
+[mqtt]
+listen = ["127.0.0.1:{{port}}"]
+[[hub]]
+name = "depot"
+kind = "{kind}"
+urls = ["{url}"]
+ca = "{ca}/ca.pem"
+cert = "{ca}/issued/{name}.pem"
+key = "{ca}/issued/{name}.key"
+crl = "{ca}/crl.pem"
+[[outbound]]
+stream = "telemetry"
+topics = ["train/#"]
+hub = "depot"
+address = "{address}"
+"""
+
+
+def pki(*words: object) -> None:
+    result = CliRunner().invoke(cli, ["pki", *(str(word) for word in words)])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.fixture
+def ca(tmp_path: Path) -> Path:
+    """An authority with a hub, a gateway, and a gateway that was stolen."""
+    ca = tmp_path / "ca"
+    pki("init", ca, "--permit-ip", "127.0.0.0/8")
+    pki("issue", ca, "broker", "--kind", "hub", "--ip", "127.0.0.1")
+    for name in ("loco-1", "stolen"):
+        pki("issue", ca, name, "--kind", "gateway")
+    pki("revoke", ca, "stolen", "--reason", "key-compromise")
+    (tmp_path / "password").write_text(PASSWORD)
+    pki("export", ca, "broker", "--password-file", tmp_path / "password")
+    return ca
+
+
+def issued(ca: Path, name: str) -> Certificate:
+    at = ca / "issued"
+    # No bundle: a part that read one would fail.
+    return Certificate(name, at / f"{name}.pem", at / f"{name}.key", at / f"{name}.none", at / f"{name}.p12")
+
+
+def waiting_after(ca: Path, name: str, kind: str, url: str, address: str, refused: str | None = None) -> int:
+    """Send ten messages as gateway `name`; what still waits once they went out, or once the log tells of `refused`."""
+    directory = ca.parent / name
+    directory.mkdir()
+    daemon = Daemon(directory, GATEWAY.format(name=name, kind=kind, url=url, ca=ca, address=address))
+    try:
+        daemon.status()
+        client = Client(daemon.port)
+        try:
+            client.publish(10)
+        finally:
+            client.close()
+        if refused is not None:
+            daemon.wait_for_log(refused)
+            return daemon.stream()["waiting"]
+        end = time.monotonic() + WAIT_S
+        while daemon.stream()["waiting"]:
+            assert time.monotonic() < end, daemon.log.read_text()
+            time.sleep(0.02)
+        return 0
+    finally:
+        daemon.end()
+
+
+def test_artemis_runs_on_the_keystore_and_truststore_and_refuses_whom_the_list_names(ca: Path) -> None:
+    require("artemis")
+    stores = (
+        f";keyStoreType=PKCS12;keyStorePath={issued(ca, 'broker').p12};keyStorePassword={PASSWORD}"
+        f";trustStoreType=PKCS12;trustStorePath={ca / 'truststore.p12'};trustStorePassword={PASSWORD}"
+        f";crlPath={ca / 'crl.pem'}"
+    )
+    with parts.Artemis(ca=ca / "ca.pem", server=issued(ca, "broker"), acceptor=stores) as artemis:
+        assert waiting_after(ca, "loco-1", "artemis", artemis.tls_url, "edge.pki") == 0
+        assert waiting_after(ca, "stolen", "artemis", artemis.tls_url, "edge.pki", refused="hub not reached") == 10
+
+
+def test_rabbitmq_runs_on_the_pem_files_and_knows_a_gateway_by_its_name(ca: Path) -> None:
+    require("rabbitmq")
+    with parts.RabbitMQ(ca=ca / "ca.pem", server=issued(ca, "broker"), client=issued(ca, "loco-1")) as rabbitmq:
+        assert waiting_after(ca, "loco-1", "rabbitmq", rabbitmq.tls_url, "/queue/pki") == 0
