@@ -39,6 +39,7 @@ TRIM_ROWS_MAX = 10_000
 CATCH_UP_ROWS = 4096
 SYS = "$SYS"
 SHARED_QOS_MAX = 1
+SUBSCRIPTIONS_MAX = 10_000  # of one session; one more is refused with 0x97, on 3.1.1 with 0x80
 # Commits of more rows are read by each session at its own pace.
 LIVE_ROWS_MAX = 64
 
@@ -372,15 +373,21 @@ class Broker:
         """
         codes: list[int] = []
         retained: list[str] = []
-        for filter_, qos, options, identifier in requests:
+        requests = list(requests)
+        # All of them before the first gives the session cursors: what is held for a first reader is for each of them.
+        starts = [self._since(session, split_shared(filter_)[1]) for filter_, _, _, _ in requests]
+        for (filter_, qos, options, identifier), start in zip(requests, starts, strict=True):
             share, inner = split_shared(filter_)
             granted = qos if share is None else min(qos, SHARED_QOS_MAX)
             old = session.subscriptions.get(filter_)
-            since = old.since if old is not None else self._since(session, inner)
+            if old is None and len(session.subscriptions) + len(session.suspended) >= SUBSCRIPTIONS_MAX:
+                codes.append(Reason.QUOTA_EXCEEDED)
+                continue
+            since = old.since if old is not None else start
             session.suspended.pop(filter_, None)
             self._subscribed(session, filter_, granted, options, identifier, since)
             if share is None:
-                self._feed(session)
+                self._feed_more(session, inner)
             else:
                 self._feed_share(session.groups[filter_])
             if session.durable:
@@ -429,8 +436,9 @@ class Broker:
     ) -> None:
         share, inner = split_shared(filter_)
         subscription = Subscription(inner, qos, options, identifier, since, share)
+        old = session.subscriptions.get(filter_)
+        session.no_local += subscription.no_local - (old is not None and old.no_local)
         session.subscriptions[filter_] = subscription
-        session.no_local = any(s.no_local for s in session.subscriptions.values())
         if share is None:
             self._tree.add(inner, (session, filter_))
             return
@@ -448,7 +456,7 @@ class Broker:
         subscription = session.subscriptions.pop(filter_, None)
         if subscription is None:
             return None
-        session.no_local = any(s.no_local for s in session.subscriptions.values())
+        session.no_local -= subscription.no_local
         if subscription.share is None:
             self._tree.remove(subscription.filter, (session, filter_))
             return subscription
@@ -515,11 +523,20 @@ class Broker:
             )
             feed = session.feeds.get(stream)
             if needed and feed is None:
-                cursor = self.journal.cursor(stream, session.cursor_name, "mqtt", volatile=not session.durable)
-                session.feeds[stream] = Feed(stream, cursor, cursor.position)
+                self._add_feed(session, stream)
             elif not needed and feed is not None and not feed.order:
                 del session.feeds[stream]
                 self.journal.drop_cursor(stream, session.cursor_name)
+
+    def _feed_more(self, session: Session, filter_: str) -> None:
+        """As `_feed`, for one more filter: a SUBSCRIBE may bring thousands."""
+        for stream, filters in self._filters.items():
+            if stream not in session.feeds and any(filters_overlap(filter_, f) for f in filters):
+                self._add_feed(session, stream)
+
+    def _add_feed(self, session: Session, stream: Stream) -> None:
+        cursor = self.journal.cursor(stream, session.cursor_name, "mqtt", volatile=not session.durable)
+        session.feeds[stream] = Feed(stream, cursor, cursor.position)
 
     def _feed_share(self, share: ShareGroup) -> None:
         for stream, filters in self._filters.items():

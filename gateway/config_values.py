@@ -135,14 +135,21 @@ class Listen:
         """Whether the two cannot both be opened."""
         if self.path or other.path:
             return self.path == other.path
-        hosts = {_host_key(self.host), _host_key(other.host)}
-        return self.port == other.port != 0 and (len(hosts) == 1 or bool(hosts & {"0.0.0.0", "::"}))
+        one, two = _host_key(self.host), _host_key(other.host)
+        # Every interface means those of its own family (asyncio sets IPV6_V6ONLY); a name may be of either.
+        every = "0.0.0.0" in (one, two) and not (":" in one or ":" in two)
+        every_v6 = "::" in (one, two) and not (_is_ipv4(self.host) or _is_ipv4(other.host))
+        return self.port == other.port != 0 and (one == two or every or every_v6)
 
     def __str__(self) -> str:
         if self.path:
             return f"unix:{self.path}"
         where = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
         return f"{self.scheme}://{where}{self.url_path}" if self.scheme else where
+
+
+def _is_ipv4(host: str) -> bool:
+    return re.fullmatch(r"[\d.]+", host) is not None
 
 
 def _host_key(host: str) -> str:
@@ -201,7 +208,7 @@ def _parse_host_port(text: str, port_default: int, before: str) -> tuple[str, in
     if not host:
         raise ValueError("a host before the port (0.0.0.0 for every interface)", f"{before}127.0.0.1:{number}")
     if number > 65535:
-        raise ValueError("a port from 0 to 65535", f"{before}{host}:{port_default}")
+        raise ValueError("a port from 0 to 65535", f"{before}{f'[{host}]' if match[1] else host}:{port_default}")
     if match[1]:
         try:
             ipaddress.IPv6Address(host)

@@ -31,6 +31,7 @@ FIELD_PREFIX: Final = "LINESIDE_"
 # What a LogRecord has of itself; whatever else it carries came as a field.
 _RECORD_ATTRIBUTES: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _TOO_LARGE: Final = (errno.EMSGSIZE, errno.ENOBUFS)
+VALUE_CHARS_MAX: Final = 2000  # of one value in a line: client ids and topics may have 65,535 bytes
 _PLAIN: Final = re.compile(r'[^\s"=\\]+')
 _LEVELS: Final = {
     logging.DEBUG: "debug",
@@ -156,6 +157,8 @@ def _word(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    if len(text) > VALUE_CHARS_MAX:
+        text = f"{text[:VALUE_CHARS_MAX]}... ({len(text)} characters)"
     if text.isprintable():
         return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
     return json.dumps(text)

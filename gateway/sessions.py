@@ -220,7 +220,7 @@ class Session:
         self.incoming: dict[int, None] = {}
         self.sent: dict[int, Sent] = {}
         self.due: dict[int, Due] = {}
-        self.no_local = False
+        self.no_local = 0  # how many of them are so
         self._desk = desk
         self._journal = desk.journal
         self._due_next = 1

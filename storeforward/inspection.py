@@ -311,6 +311,10 @@ class Inspection:
         )
         return [SessionSummary(**row) for row in rows]
 
+    def require_stream(self, stream: str) -> None:
+        """Raises JournalError for a name that is no stream's."""
+        self._base(stream)
+
     # ------------------------------------------------------------------------------------------------- helpers
 
     def _base(self, stream: str) -> int:

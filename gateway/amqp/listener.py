@@ -284,7 +284,7 @@ class Peer:
         protocol.on_resumed = self._resumed
         self._listener.peers.add(self)
         if len(self._listener.peers) > self._listener.connections_max:
-            log.warning("connection refused: too many", extra={"connections_max": self._listener.connections_max})
+            log.warning("connection refused: too many", extra=self._who(connections_max=self._listener.connections_max))
             protocol.abort()
             return
         self._handshake = self._loop.call_later(HANDSHAKE_S_MAX, self._too_slow)

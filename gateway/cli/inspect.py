@@ -525,6 +525,8 @@ def losses(stream: str | None, limit: int, config: Path, state_dir: Path | None,
 
     with Inspection(resolve_state_dir(config, state_dir)) as journal:
         totals, rows = journal.loss_totals(stream), journal.losses(limit, stream)
+        if stream is not None and not totals and not rows:
+            journal.require_stream(stream)  # "nothing was lost" would be no answer to a mistyped name
     if as_json:
         print_json({"totals": [asdict(total) for total in totals], "losses": [asdict(row) for row in rows]})
         return

@@ -377,7 +377,7 @@ class Client(asyncio.Protocol):
 
     @property
     def _marks_source(self) -> bool:
-        return self._session is not None and self._session.no_local
+        return self._session is not None and self._session.no_local > 0
 
     def _append_one(self, message: Published, acknowledged: list[bytes]) -> bool:
         """Stage a message of any kind. False where it has to be held; `acknowledged`: PUBACKs not yet waited for."""

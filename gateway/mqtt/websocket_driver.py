@@ -62,6 +62,8 @@ class WebSocketProtocol(asyncio.Protocol):
             self._timer.cancel()
         if self._inner is not None:
             self._inner.connection_lost(exc)
+        elif self._core.state is State.CONNECTING:
+            log.info("client left", extra={"peer": self._peer, "reason": "the connection ended amid its HTTP request"})
 
     # -------- the inner protocol's side, through its transport
 

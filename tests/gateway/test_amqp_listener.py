@@ -360,3 +360,19 @@ def test_a_reload_moves_senders_and_receivers_to_the_new_streams(tmp_path: Path)
         await asyncio.to_thread(app.close)
 
     run(tmp_path, script)
+
+
+def test_a_connection_too_many_is_refused_with_its_peer_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(gateway: Gateway) -> None:
+        gateway.listener.connections_max = 0
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        host, port = writer.get_extra_info("sockname")
+        with suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()
+        refused = next(r for r in caplog.records if r.getMessage() == "connection refused: too many")
+        assert refused.__dict__["peer"] == f"{host}:{port}"
+
+    run(tmp_path, script)

@@ -14,6 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,16 @@ def test_losses_are_totals_and_rows(state: Path) -> None:
     assert told["totals"] == [{"stream": "alarms", "reason": "expired", "messages": 70, "bytes": 350}]
     assert told["losses"][0]["seq"] == 9
     assert "expired" in run("losses", "--state-dir", state).stdout
-    assert run("losses", "--stream", "other", "--state-dir", state).stdout == "nothing was lost\n"
+
+
+def test_losses_of_a_stream_are_none_only_where_there_is_such_a_stream(state: Path) -> None:
+    with closing(sqlite3.connect(state / "journal.db")) as connection:
+        connection.execute("INSERT INTO stream VALUES (99, 'telemetry', 'outbound', 1, 0, 0)")
+        connection.commit()
+    assert run("losses", "--stream", "telemetry", "--state-dir", state).stdout == "nothing was lost\n"
+    mistyped = run("losses", "--stream", "other", "--state-dir", state)
+    assert mistyped.exit_code == 1
+    assert "there is no stream 'other'" in mistyped.stderr
 
 
 def test_a_piped_table_is_never_shortened(state: Path) -> None:

@@ -560,3 +560,28 @@ def test_answers_go_to_who_asked_and_rabbitmq_is_known_not_to_take_them() -> Non
     assert not any("anonymous terminus" in line for line in explain(config))
     rabbit = loads(GOOD.replace('name = "depot"', 'name = "depot"\nkind = "rabbitmq"') + answers)
     assert any(line.startswith("note: RabbitMQ before 4.0") for line in explain(rabbit))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        ("0.0.0.0:1883", "127.0.0.1:1883", False),
+        ("0.0.0.0:1883", "localhost:1883", False),
+        ("0.0.0.0:1883", "[::1]:1883", True),
+        ("0.0.0.0:1883", "[::]:1883", True),
+        ("[::]:1883", "[::1]:1883", False),
+        ("[::]:1883", "localhost:1883", False),
+        ("[::]:1883", "127.0.0.1:1883", True),
+        ("[::1]:1883", "127.0.0.1:1883", True),
+        ("127.0.0.1:1883", "localhost:1883", False),
+    ],
+)
+def test_addresses_of_both_families_may_share_a_port(one: str, other: str, both: bool) -> None:
+    assert parse_listen(one).overlaps(parse_listen(other)) is not both
+    assert parse_listen(other).overlaps(parse_listen(one)) is not both
+
+
+def test_an_ipv6_address_keeps_its_brackets_in_what_to_write() -> None:
+    with pytest.raises(ValueError, match=r"a port") as raised:
+        parse_listen("[::1]:99999")
+    assert parse_listen(raised.value.args[1]).host == "::1"

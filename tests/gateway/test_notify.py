@@ -129,6 +129,12 @@ def test_what_a_peer_chose_cannot_forge_a_line_nor_move_the_cursor() -> None:
     assert 'topic="Zürich/Gleis 7"' in line
 
 
+def test_a_peer_s_long_name_is_cut_in_a_line_and_its_length_told() -> None:
+    line = LineFormatter().format(record("client in", client="x" * 65_000, peer="127.0.0.1:1"))
+    assert len(line) < 2200
+    assert 'x... (65000 characters)" peer=127.0.0.1:1' in line
+
+
 def test_an_exception_s_trace_follows_its_line() -> None:
     made = record("failed", logging.ERROR)
     try:

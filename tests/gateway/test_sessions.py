@@ -11,8 +11,9 @@ import pytest
 from gateway.amqp.message import ANNOTATION_RETAIN, Template
 from gateway.broker import Broker
 from gateway.config import loads
-from gateway.mqtt.codec import Connect, PublishProperties, Will, WillProperties
+from gateway.mqtt.codec import Connect, PublishProperties, Reason, Will, WillProperties
 from gateway.mqtt.delivery import Delivery
+from gateway.routing import filters_overlap
 from gateway.sessions import PUMP_ROWS_MAX, Session
 from storeforward.journal import Journal
 
@@ -724,3 +725,61 @@ def test_a_reader_with_much_to_pass_over_comes_back_until_it_has_what_it_wants(j
         broker.pump(session)
     assert outlet.payloads == [b"1", b"2"]
     assert turns < 10
+
+
+def test_what_is_held_for_a_first_reader_is_there_for_every_filter_of_its_first_subscribe(journal: Journal) -> None:
+    broker = broker_on(journal)
+    for topic in ("commands/a", "commands/b"):
+        journal.append(journal.streams["commands"], topic, broker.router.route(topic, 1).encode, topic.encode())
+    commit(broker)
+    outlet = Outlet()
+    session, _ = come(broker, "app", outlet)
+    broker.subscribe(session, [("commands/a", 1, 0, None), ("commands/b", 1, 0, None)])
+    commit(broker)
+    broker.pump(session)
+    assert outlet.payloads == [b"commands/a", b"commands/b"]
+
+
+def test_a_subscribe_with_a_thousand_filters_looks_at_each_filter_a_fixed_number_of_times(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = 0
+
+    def counted(one: str, other: str) -> bool:
+        nonlocal looked
+        looked += 1
+        return filters_overlap(one, other)
+
+    monkeypatch.setattr("gateway.broker.filters_overlap", counted)
+    broker = broker_on(journal)
+    session, _ = come(broker, "app", Outlet())
+    broker.subscribe(session, [(f"f/{n}", 1, 0, None) for n in range(1000)])
+    assert looked <= 1000 * 2 * len(journal.streams)
+
+
+def test_no_local_counts_as_long_as_one_subscription_asks_for_it(journal: Journal) -> None:
+    broker = broker_on(journal)
+    session, _ = come(broker, "app", Outlet())
+    subscribe(broker, session, "x", options=1)
+    subscribe(broker, session, "x", options=1)
+    subscribe(broker, session, "y")
+    assert session.no_local
+    subscribe(broker, session, "x")
+    assert not session.no_local
+    subscribe(broker, session, "y", options=1)
+    broker.unsubscribe(session, ["x", "y"])
+    assert not session.no_local
+
+
+def test_a_session_that_has_all_the_subscriptions_it_may_have_is_refused_new_ones_and_may_change_old_ones(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.broker.SUBSCRIPTIONS_MAX", 2)
+    broker = broker_on(journal)
+    session, _ = come(broker, "app", Outlet())
+    codes, _ = broker.subscribe(session, [(name, 1, 0, None) for name in ("a", "b", "c")])
+    assert codes == [1, 1, Reason.QUOTA_EXCEEDED]
+    assert subscribe(broker, session, "a", 0) == [0]
+    broker.unsubscribe(session, ["b"])
+    assert subscribe(broker, session, "c") == [1]
+    assert list(session.subscriptions) == ["a", "c"]

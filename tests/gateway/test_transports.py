@@ -310,6 +310,15 @@ def test_a_page_connects_disconnects_and_both_sides_say_close(train: Train) -> N
     assert page.to_the_end() == [Frame(CLOSE, (1001).to_bytes(2))]
 
 
+def test_who_goes_amid_the_http_request_of_a_websocket_is_named_in_the_log(train: Train) -> None:
+    with socket.create_connection(("127.0.0.1", train.ws)) as sock:
+        peer = "{}:{}".format(*sock.getsockname())
+        sock.sendall(b"\xff" * 20)
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1) == b""
+    train.daemon.wait_for_log(f'client left" peer={peer}')
+
+
 def test_a_page_from_elsewhere_is_refused_and_told_why(train: Train) -> None:
     page = Browser(train, request(origin="https://evil.example"))
     with page.sock:
