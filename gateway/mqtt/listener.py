@@ -55,6 +55,7 @@ RESPONSE_PREFIX = "response/"
 HOLD_RETRY_S = 0.2
 CLOSE_WAIT_S = 2.0
 WRITE_BUFFER_BYTES = 256 << 10
+SURPLUS_MAX = 64  # connections beyond clients_max that are told why they are refused; the next are just cut off
 
 
 class Kick(Protocol):
@@ -98,6 +99,7 @@ class MqttListener:
         self.clients_max = clients_max
         self.expiry_s_max = int(expiry_s_max)
         self.clients: set[Client] = set()
+        self.surplus: set[Client] = set()  # beyond clients_max, and about to be told
         self.topics = TopicCache()
         self.properties = PropertiesCache()
         self.received = 0
@@ -174,12 +176,15 @@ class Client(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        clients = self._listener.clients
-        if len(clients) >= self._listener.clients_max:
-            log.warning("client refused: too many", extra={"peer": self.peer, "clients_max": len(clients)})
-            transport.abort()
-            return
-        clients.add(self)
+        listener = self._listener
+        if len(listener.clients) < listener.clients_max:
+            listener.clients.add(self)
+        else:
+            log.warning("client refused: too many", extra={"peer": self.peer, "clients_max": listener.clients_max})
+            if len(listener.surplus) >= SURPLUS_MAX:
+                transport.abort()
+                return
+            listener.surplus.add(self)  # to be told so, once it has said CONNECT
         self._set_timer()
 
     def data_received(self, data: bytes) -> None:
@@ -195,6 +200,7 @@ class Client(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._listener.clients.discard(self)
+        self._listener.surplus.discard(self)
         if self._timer is not None:
             self._timer.cancel()
         if self._login is not None:
@@ -569,6 +575,9 @@ class Client(asyncio.Protocol):
     def _connect(self, connect: Connect) -> None:
         if self._listener.stopping:
             self._conn.refuse(Reason.SERVER_SHUTTING_DOWN)
+            return
+        if self in self._listener.surplus:
+            self._conn.refuse(Reason.QUOTA_EXCEEDED, "too many clients")
             return
         known = self._admission.identity.client if self._admission is not None else f"lineside-{secrets.token_hex(8)}"
         assigned = None if connect.client_id else known

@@ -204,6 +204,28 @@ def test_the_same_client_identifier_takes_over_and_the_first_is_told(tmp_path: P
     play(tmp_path, story)
 
 
+@pytest.mark.parametrize(("version", "reason"), [(V3, 3), (V5, Reason.QUOTA_EXCEEDED)])
+def test_a_client_too_many_is_told_so_and_the_next_has_the_place_that_comes_free(
+    tmp_path: Path, version: int, reason: int
+) -> None:
+    async def story(bench: Bench) -> None:
+        assert bench.app._mqtt is not None
+        bench.app._mqtt.clients_max = 1
+        first, _ = await bench.connect("first")
+        second = await bench.raw(version)
+        second.say(Connect(version, "second"))
+        answer = await second.hear()
+        assert isinstance(answer, Connack)
+        assert answer.reason == reason
+        assert await second.hear() is None
+        first.say(Disconnect())
+        assert await first.hear() is None
+        await bench.connect("third")
+        assert not bench.app._mqtt.surplus
+
+    play(tmp_path, story)
+
+
 def test_a_client_silent_for_one_and_a_half_keep_alives_is_closed(tmp_path: Path) -> None:
     async def story(bench: Bench) -> None:
         peer, _ = await bench.connect("app", keep_alive_s=1)
