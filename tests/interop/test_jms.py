@@ -418,7 +418,8 @@ def test_every_shape_of_jms_message_from_the_hub_is_at_a_local_jms_consumer_what
 def test_every_shape_of_jms_message_from_a_local_app_is_at_the_hubs_jms_consumer_what_it_was(rig: Rig) -> None:
     consumer = rig.run("consume", rig.out, 8).attached()
     sent = rig.run("shapes", "train/shapes", 0, rig.amqp_port).told(90)
-    _compare(sent, consumer.told(90), "p:_AMQ_DUPL_ID")
+    # Each shape has a priority of its own, and Artemis hands out the higher one of two that wait.
+    _compare(sent, sorted(consumer.told(90), key=lambda m: m["type"]), "p:_AMQ_DUPL_ID")
 
 
 # ------------------------------------------------------------------ section by section
