@@ -21,7 +21,8 @@ from gateway.mqtt.tree import FilterTree
 from gateway.replies import Requests
 from gateway.retained import Retained, RetainedStore
 from gateway.routing import Router, filters_overlap, inbound_filter
-from gateway.sessions import Due, Feed, Item, Outlet, SentState, Session, ShareGroup, Subscription, Want
+from gateway.sessions import Due, Feed, Item, Outlet, SentState, Session, Subscription, Want
+from gateway.shares import ShareGroup
 from gateway.wills import Testament, Wills
 from storeforward.errors import JournalFull
 from storeforward.journal import Appended, Batch, Journal

@@ -14,21 +14,22 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gateway.groups import Group
 from gateway.mqtt.delivery import Delivery
-from gateway.mqtt.topics import filter_matches
 from gateway.retained import Retained, RetainedStore
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
 from storeforward.streams import Cursor, Row, Stream
 
+if TYPE_CHECKING:
+    from gateway.shares import ShareGroup
+
 READ_ROWS = 256
 PUMP_ROWS_MAX = 4096
 # Rows that a client may have acknowledged without the journal knowing: they would go again after a crash.
 LAZY_ROWS_MAX = 64
-GROUP_ROWS_A_TURN = 16
 # Rows of a stream that may be sent to a client behind one that it does not acknowledge.
 AHEAD_ROWS_MAX = 4096
 # Retained messages that one session is owed: more than a gateway retains by default.
@@ -152,7 +153,6 @@ class Feed:
     `live`: nothing before the newest commit is wanted that was not sent, wherever `next` stands.
     `parked`: the row at `next` waits for a client that is away.
     `reached`: what is before it was looked at once: sent, or not wanted. At QoS 0 it is not sent again.
-    `more`: there are rows that were not looked at, only because it takes long.
     """
 
     stream: Stream
@@ -163,7 +163,6 @@ class Feed:
     live: bool = False
     parked: bool = False
     reached: int = 0
-    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,8 +432,6 @@ class Session:
 
     def caught_up(self) -> None:
         """Move the place over rows that nobody here wants; they hold up the deletion of what is before them."""
-        if self.outlet is not None and any(feed.more for feed in self.feeds.values()):
-            self.pump()
         for feed in self.feeds.values():
             if feed.cursor.position >= feed.stream.committed or feed.order:
                 continue
@@ -494,7 +491,6 @@ class Session:
                     break
                 feed.next = row.seq + 1
         feed.reached = max(feed.reached, feed.next)
-        feed.more = budget <= 0 and done and feed.next < stream.committed
         if feed.again:
             self._give_up(feed)
         feed.live = feed.next >= stream.committed and not feed.again
@@ -741,113 +737,3 @@ class Session:
                 "DELETE FROM mqtt_incoming WHERE client_id = ? AND packet_id = ?", (self.client_id, packet_id)
             )
         return True
-
-
-class ShareGroup:
-    """A shared subscription: its members compete for the rows of one durable cursor a stream (MQTT 5.0 §4.8.2).
-
-    At most QoS 1: what a member leaves unfinished goes to the others.
-    """
-
-    def __init__(self, name: str, filter: str, desk: Desk) -> None:
-        self.name = name
-        self.filter = filter
-        self.feeds: dict[Stream, Group] = {}
-        self.members: dict[Session, Subscription] = {}
-        self.here: dict[Session, None] = {}
-        self._desk = desk
-        self._pumping = False
-
-    @property
-    def cursor_name(self) -> str:
-        return f"share:{self.name}/{self.filter}"  # a name has no slash: no two groups share a cursor
-
-    def wants(self, row: Row) -> bool:
-        return filter_matches(self.filter, row.topic)
-
-    def join(self, session: Session) -> None:
-        """A member is connected."""
-        if session not in self.here:
-            self.here[session] = None
-            for group in self.feeds.values():
-                group.join(session)
-
-    def leave(self, session: Session) -> None:
-        """A member's connection is gone: what it has not finished goes to the others."""
-        if session in self.here:
-            del self.here[session]
-            for group in self.feeds.values():
-                group.leave(session)
-            self.pump()
-
-    def add_feed(self, stream: Stream, group: Group) -> None:
-        self.feeds[stream] = group
-        for session in self.here:
-            group.join(session)
-
-    def woken(self, stream: Stream, first_seq: int) -> None:
-        """Nothing to remember: a group always reads on from where it is."""
-
-    def caught_up(self) -> None:
-        """With nobody here, move over rows that the group does not want, as far as they are the next."""
-        for group in self.feeds.values():
-            group.skip_unwanted()
-        if self.here and any(group.behind for group in self.feeds.values()):
-            self.pump()
-
-    def pump(self) -> None:
-        """A few rows to each member in turn, as long as anybody takes any."""
-        if self._pumping:
-            return
-        self._pumping = True
-        try:
-            busy = True
-            while busy:
-                busy = False
-                for session in list(self.here):
-                    if self._turn(session):
-                        busy = True
-                        self.here.pop(session, None)  # to the end of the row
-                        self.here[session] = None
-        finally:
-            self._pumping = False
-        for session in self.here:
-            if session.outlet is not None:
-                session.outlet.flush()
-
-    def _turn(self, session: Session) -> bool:
-        outlet = session.outlet
-        if outlet is None or outlet.congested or session.planning:
-            return False
-        subscription = self.members[session]
-        room = min(outlet.window_left, GROUP_ROWS_A_TURN)
-        if room <= 0:
-            return False
-        took = False
-        for stream, group in self.feeds.items():
-            for row, _ in group.take(session, room):
-                took = True
-                self._hand(session, outlet, subscription, stream, group, row)
-            room = min(outlet.window_left, GROUP_ROWS_A_TURN)
-            if room <= 0:
-                break
-        return took
-
-    def _hand(
-        self, session: Session, outlet: Outlet, subscription: Subscription, stream: Stream, group: Group, row: Row
-    ) -> None:
-        delivery = self._desk.delivery(stream, row)
-        identifiers = () if subscription.identifier is None else (subscription.identifier,)
-        qos = min(subscription.qos, delivery.qos, 1)
-        if not outlet.takes(delivery, qos, identifiers):
-            # Another member may take it; without one it waits, as for a group that nobody reads.
-            group.release(session, row.seq, barred=True)
-            return
-        retain = delivery.retain and subscription.retain_as_published
-        number = outlet.deliver(delivery, qos, retain, identifiers)
-        if number is None:
-            group.release(session, row.seq)
-        elif not qos:
-            group.done(session, row.seq)
-        else:
-            session.sent[number] = Sent(number, group, row.seq, qos, tried=True)
