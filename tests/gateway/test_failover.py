@@ -1,0 +1,96 @@
+"""Two addresses of one hub, a daemon behind each: to the second when the first dies, and back when it is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.daemon import CONFIG, HUB_CONFIG, WAIT_S, Client, Daemon, free_port
+
+WINDOW = 1000
+FAIL_BACK_S_MAX = 45.0
+
+
+def wait_until(condition: Callable[[], object], within_s: float = WAIT_S) -> None:
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {within_s:g} s"
+        time.sleep(0.05)
+
+
+class Reader:
+    """What one of the two hubs was sent, in the order it came; known there before anything comes."""
+
+    def __init__(self, hub: Daemon) -> None:
+        self.got: list[int] = []
+        self.client = Client(hub.port)
+        self.client.client.on_message = lambda _c, _d, message: self.got.append(int(message.payload))
+        granted: list[int] = []
+        self.client.client.on_subscribe = lambda *_: granted.append(1)
+        self.client.client.subscribe("edge", qos=1)
+        wait_until(lambda: granted)
+
+
+def in_order_but_for_repeats(values: list[int]) -> bool:
+    """First arrivals ascend."""
+    firsts = list(dict.fromkeys(values))
+    return firsts == sorted(firsts)
+
+
+def test_the_second_address_takes_over_and_the_first_gets_the_traffic_back_nothing_lost_or_reordered(
+    tmp_path: Path,
+) -> None:
+    ports = free_port(), free_port()
+    for name in ("first", "second", "gateway"):
+        (tmp_path / name).mkdir()
+    first, second = (Daemon(tmp_path / n, HUB_CONFIG, p) for n, p in zip(("first", "second"), ports, strict=True))
+    config = CONFIG.replace(
+        'amqp://127.0.0.1:{hub_port}"]', f'amqp://127.0.0.1:{{hub_port}}", "amqp://127.0.0.1:{ports[1]}"]'
+    )
+    assert config != CONFIG
+    daemons = [first, second]
+    try:
+        for hub in daemons:
+            hub.status()
+        there, other = Reader(first), Reader(second)
+        gateway = Daemon(tmp_path / "gateway", config, ports[0])
+        daemons.append(gateway)
+        gateway.status()
+        app = Client(gateway.port)
+        number = 0
+
+        def say(count: int) -> None:
+            nonlocal number
+            for _ in range(count):
+                app.client.publish("train/speed", b"%d" % number, qos=1)
+                number += 1
+
+        say(500)
+        wait_until(lambda: len(there.got) == 500)
+        there.client.close()
+        first.end()
+        say(500)
+        wait_until(lambda: other.got and other.got[-1] == 999)
+        assert in_order_but_for_repeats(other.got)
+        assert set(range(500, 1000)) <= set(other.got)
+        assert len(other.got) <= 500 + WINDOW
+
+        first.start()
+        first.status()
+        back = Reader(first)
+        before = len(other.got)
+
+        def returned() -> bool:
+            say(5)
+            return bool(back.got)
+
+        wait_until(returned, FAIL_BACK_S_MAX)
+        wait_until(lambda: not gateway.stream()["waiting"])
+        wait_until(lambda: back.got[-1] == number - 1)
+        moved = other.got[before:] + back.got
+        assert list(dict.fromkeys(moved)) == list(range(1000, number))
+        assert len(moved) == number - 1000, "the window was let run empty first, so nothing goes twice"
+    finally:
+        for daemon in daemons:
+            daemon.end()
