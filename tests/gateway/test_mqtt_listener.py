@@ -124,9 +124,13 @@ class Bench:
         return peer, answer
 
 
-def play(tmp_path: Path, story: Callable[[Bench], Awaitable[None]]) -> None:
+def play(tmp_path: Path, story: Callable[[Bench], Awaitable[None]], *change: str) -> None:
+    """`change`: a text of the configuration, and what stands there instead."""
+
     async def limited() -> None:
         bench = Bench(tmp_path)
+        if change:
+            bench.config.write_text(bench.config.read_text().replace(*change))
         await bench.start()
         try:
             async with asyncio.timeout(2 * WAIT_S):
@@ -224,6 +228,22 @@ def test_a_client_too_many_is_told_so_and_the_next_has_the_place_that_comes_free
         assert not bench.app._mqtt.surplus
 
     play(tmp_path, story)
+
+
+def test_what_the_configuration_switches_off_is_announced_and_refused(tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        peer, answer = await bench.connect("app")
+        assert (answer.properties.retain_available, answer.properties.wildcard_subscription_available) == (0, 0)
+        peer.say(Subscribe(1, (Subscription("a/#", 1), Subscription("a/b", 1))))
+        granted = await peer.hear()
+        assert isinstance(granted, Suback)
+        assert granted.reasons == (Reason.WILDCARD_SUBSCRIPTIONS_NOT_SUPPORTED, 1)
+        peer.say(Publish("a/b", b"x", 0, True))
+        end = await peer.hear()
+        assert isinstance(end, Disconnect)
+        assert end.reason == Reason.RETAIN_NOT_SUPPORTED
+
+    play(tmp_path, story, "[mqtt]", "[mqtt]\nretained = false\nwildcards = false")
 
 
 def test_a_client_silent_for_one_and_a_half_keep_alives_is_closed(tmp_path: Path) -> None:
