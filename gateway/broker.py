@@ -147,28 +147,29 @@ class Broker:
             )
         if not retain:
             return
-        if not payload:
-            self.retained.clear(topic)
-        elif self.retained.full_for(topic):
-            log.warning("not retained: too many", extra={"topic": topic, "retained_max": self.retained.messages_max})
-            self.journal.lose(route.stream.name, seq or 0, "retained-full", len(payload), topic)
-        else:
-            if seq is None:
-                if self.journal.disk_full:
-                    raise JournalFull(route.stream.name, "the disk is full")
-                template, expires = template_with(self.router.identity, route, qos, properties, age_us, notes)
-                body = template.encode(0, payload)
-            self.retained.set(Retained(topic, qos, expires, route.stream.name, seq, len(payload)), body)
+        if payload and seq is None:  # nobody is here to be told, so it was not encoded yet
+            if self.journal.disk_full:
+                raise JournalFull(route.stream.name, "the disk is full")
+            template, expires = template_with(self.router.identity, route, qos, properties, age_us, notes)
+            body = template.encode(0, payload)
+        self._retain(Retained(topic, qos, expires, route.stream.name, seq, len(payload)), body)
 
     def retain_received(self, stream: Stream, seq: int, topic: str, body: bytes, expires: int | None) -> None:
         """A message from a hub asked to be retained."""
         delivery = self.decoded(topic, body, expires)
-        if not delivery.retain:
-            return
-        if not delivery.payload:
-            self.retained.clear(topic)
-        elif not self.retained.full_for(topic):
-            self.retained.set(Retained(topic, delivery.qos, expires, stream.name, seq, len(delivery.payload)), body)
+        if delivery.retain:
+            self._retain(Retained(topic, delivery.qos, expires, stream.name, seq, len(delivery.payload)), body)
+
+    def _retain(self, message: Retained, body: bytes) -> None:
+        """An empty message ends what is retained of its topic; one too many is told and in the ledger."""
+        retained = self.retained
+        if not message.size:
+            retained.clear(message.topic)
+        elif retained.full_for(message.topic):
+            log.warning("not retained: too many", extra={"topic": message.topic, "retained_max": retained.messages_max})
+            self.journal.lose(message.stream, message.seq or 0, "retained-full", message.size, message.topic)
+        else:
+            retained.set(message, body)
 
     # ------------------------------------------------------------------ sessions
 

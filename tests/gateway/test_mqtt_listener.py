@@ -31,6 +31,7 @@ from gateway.mqtt.codec import (
     Subscribe,
     Subscription,
 )
+from gateway.mqtt.listener import WRITE_BUFFER_BYTES
 from gateway.notify import Notifier
 
 WAIT_S = 10.0
@@ -226,6 +227,32 @@ def test_a_client_too_many_is_told_so_and_the_next_has_the_place_that_comes_free
         assert await first.hear() is None
         await bench.connect("third")
         assert not bench.app._mqtt.surplus
+
+    play(tmp_path, story)
+
+
+def test_a_subscriber_that_stops_reading_costs_a_bounded_buffer_and_nobody_else_waits(tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        stuck, _ = await bench.connect("stuck")
+        quick, _ = await bench.connect("quick")
+        for peer in (stuck, quick):
+            peer.say(Subscribe(1, (Subscription("news", 0),)))
+            assert isinstance(await peer.hear(), Suback)
+        transport = stuck.writer.transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.pause_reading()
+        speaker, _ = await bench.connect("speaker")
+        payload = bytes(4000)
+        count = 5000  # 20 MB: more than the sockets' own buffers hold
+        for n in range(count):
+            speaker.say(Publish("news", payload, 1, packet_id=n + 1))
+            assert isinstance(await speaker.hear(), Puback)
+            assert isinstance(await quick.hear(), Publish)
+        assert bench.app._mqtt is not None
+        (held,) = [c for c in bench.app._mqtt.clients if c._conn.client_id == "stuck"]
+        assert held.congested
+        assert held._transport is not None
+        assert held._transport.get_write_buffer_size() <= WRITE_BUFFER_BYTES + len(payload) + 16
 
     play(tmp_path, story)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.amqp.message import ANNOTATION_RETAIN, Template
+from gateway.amqp.message import ANNOTATION_RETAIN, Template, encode
 from gateway.broker import Broker
 from gateway.config import loads
 from gateway.mqtt.codec import Connect, PublishProperties, Reason, Will, WillProperties
@@ -448,6 +448,23 @@ def test_retained_messages_survive_a_restart_and_expire_in_their_time(tmp_path: 
     subscribe(broker, other, "#")
     assert later.payloads == [b"stays"]
     journal.close()
+
+
+def test_one_retained_message_too_many_is_in_the_ledger_whoever_sent_it(journal: Journal) -> None:
+    broker = broker_on(journal)
+    broker.retained.messages_max = 1
+    say(broker, "a", b"kept", retain=True)
+    say(broker, "b", b"local", retain=True)
+    body = encode(b"hub", message_id="1", annotations={ANNOTATION_RETAIN: True})
+    stream = journal.streams["commands"]
+    seq = journal.append(stream, "commands/x", lambda seq, payload: payload, body)
+    broker.retain_received(stream, seq, "commands/x", body, None)
+    commit(broker)
+    assert journal.query("SELECT stream, reason, detail FROM loss ORDER BY id") == [
+        ("local", "retained-full", "b"),
+        ("commands", "retained-full", "commands/x"),
+    ]
+    assert [m.topic for m in broker.retained.matching("#", journal.age_us())] == ["a"]
 
 
 @pytest.mark.parametrize(("handling", "first", "second"), [(0, 1, 1), (1, 1, 0), (2, 0, 0)])
