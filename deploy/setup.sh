@@ -1,4 +1,5 @@
-# Sourced by deploy/demo and deploy/test: makes .venv with Lineside in it. Knows nothing of what runs there.
+# shellcheck shell=bash
+# Sourced by deploy/demo, deploy/test and others: makes .venv with Lineside in it. Knows nothing of what runs there.
 # Needs bash, Python >= 3.11 with venv, and a C compiler (for Qpid Proton, which comes as source).
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)

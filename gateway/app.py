@@ -6,6 +6,7 @@ The composition root: the only module that knows everything, and decides nothing
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
@@ -20,12 +21,17 @@ from typing import TYPE_CHECKING, Any
 import gateway
 from gateway import sys_topics
 from gateway.access import Access
+from gateway.activation import PassedSockets, stored_name
 from gateway.amqp.listener import AmqpListener
 from gateway.bridge_flow import release
 from gateway.broker import Broker
+from gateway.certificates import Certificates
+from gateway.child import ChildError
 from gateway.committer import Committer
-from gateway.config import Amqp, Config, Listen, Mqtt, load
+from gateway.config import Amqp, Config, Listen, Mqtt
+from gateway.config_reading import Reading, read
 from gateway.control import ControlServer
+from gateway.descriptors import exhausted, raise_limit, tell_exhaustion
 from gateway.errors import ConfigError, LinesideError
 from gateway.mqtt.connection import Limits
 from gateway.mqtt.listener import MqttListener
@@ -33,20 +39,32 @@ from gateway.notify import Notifier, set_up_logging
 from gateway.transports import Handshakes, ServerTls, TlsFiles, open_server
 from gateway.uplink import netlink
 from gateway.uplink.hub import HubLink
+from security.admission import REMOTE, Admission, Rate
 from security.tls_faults import TLSFileError
 from storeforward import maintenance
+from storeforward.batch import Batch
+from storeforward.durable import make_directories
 from storeforward.errors import JournalError, JournalFull
-from storeforward.journal import Batch, Journal
+from storeforward.journal import Journal
 
 if TYPE_CHECKING:
     from gateway.bridge import Bridge
+    from storeforward.sealing import Seal
 
 log = logging.getLogger("lineside")
 
 STOP_S_MAX = 4.0
 HOUSEKEEPING_S = 5.0
 CURSORS_S = 0.25
+RECLAIM_TICKS = 4  # of CURSORS_S: so often what nobody needs is deleted, few as it may be
 RATE_S = 1.0
+
+
+def _give_back() -> None:
+    """What starting took and freed goes back to the system (glibc's malloc_trim(3)): 2 MB that would stay resident."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # other C libraries have no such call, and some need none
+        trim(0)
 
 
 class StartError(LinesideError):
@@ -64,6 +82,7 @@ class App:
         self._stop = asyncio.Event()
         self._error: JournalError | None = None
         self._began = time.monotonic()
+        self._passed = PassedSockets.from_environment()
         self._servers: list[asyncio.Server] = []
         self._handshakes: list[Handshakes] = []
         self._certificates: list[ServerTls] = []
@@ -74,10 +93,15 @@ class App:
         self._netlink: socket.socket | None = None
         self._rates = (0.0, 0.0)
         self._counted = (0, 0)
+        self._until_reclaim = RECLAIM_TICKS
+        self._reading = asyncio.Lock()  # what is read last is what counts
+        self._reload_asked = False
+        self._reloading: asyncio.Task[None] | None = None
         self.journal: Journal
         self.broker: Broker
         self.committer: Committer
         self.access: Access
+        self.certificates = Certificates(config, self._dial_now)
 
     # ------------------------------------------------------------------ up
 
@@ -85,10 +109,15 @@ class App:
         config = self.config
         state_dir = config.gateway.state_dir
         try:
-            state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_directories(state_dir)
         except OSError as error:
             raise StartError(f"{state_dir}: {error.strerror}; make it, or set state_dir in [gateway]") from error
-        self.journal = Journal.open(state_dir, synchronous=config.gateway.synchronous)
+        with self._notifier.starting():
+            self.journal = Journal.open(
+                state_dir, synchronous=config.gateway.synchronous, seal=_keyring(config.gateway.encryption_keys)
+            )
+        if self.journal.seal is not None:
+            log.info("journal encrypted", extra={"keys": list(self.journal.seal.ids)})
         if self.journal.salvaged:
             log.error("journal salvaged", extra={"report": self.journal.salvaged})
         if config.gateway.synchronous != "FULL":
@@ -96,6 +125,8 @@ class App:
         self.broker = Broker(config, self.journal)
         self.access = Access(config)
         self.committer = Committer(self.journal, self._loop, self._committed, self._fatal)
+        self.committer.on_offered = self._offered
+        self.certificates.start()
         await self._listen()
         self._start_hubs()
         self._start_bridge()
@@ -108,6 +139,7 @@ class App:
                 "status": self._status,
                 "clients": self._clients,
                 "reload": self._reload_command,
+                "network-changed": self._network_command,
                 "deadletter-requeue": self._requeue,
                 "deadletter-drop": self._drop,
             },
@@ -126,6 +158,7 @@ class App:
         # What was made until here lives as long as the daemon: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        _give_back()
         # A batch holds a few objects a message; at the default threshold the collector walks them all the time
         # (tests/bench, intake: 1.5 to 2 times as fast so, in every pair).
         gc.set_threshold(20_000, 20, 50)
@@ -161,28 +194,38 @@ class App:
                 access=self.access,
             )
             await self._serve(self._amqp.protocol, amqp, amqp.connections_max, "amqp")
+        self._passed.close_rest(self._notifier.forget)
 
     async def _serve(self, factory: Any, table: Mqtt | Amqp, connections_max: int, what: str) -> None:
         """Open every address of a listener's table. Raises StartError."""
         tls: ServerTls | None = None
         if table.cert is not None and table.key is not None:
             try:
-                tls = ServerTls(TlsFiles(table.cert, table.key, table.client_ca, table.asks_for, table.crl))
+                files = TlsFiles(
+                    table.cert, table.key, table.client_ca, table.asks_for, table.crl, table.key_password_file
+                )
+                tls = ServerTls(files)
             except TLSFileError as error:
                 raise StartError(f"[{what}] {error}") from error
             self._certificates.append(tls)
-        handshakes = Handshakes(connections_max)
+        share = table.connect_rate / REMOTE.per_s
+        remote = Rate(table.connect_rate, max(1.0, REMOTE.burst * share))
+        handshakes = Handshakes(connections_max, Admission(self._loop.time(), remote))
         self._handshakes.append(handshakes)
         origins = frozenset(table.ws_origins) if isinstance(table, Mqtt) else frozenset()
         for listen in table.listen:
             make = _over_websocket(factory, listen, origins, handshakes) if listen.websocket else factory
+            passed = self._passed.take(listen)
             try:
-                self._servers.append(await open_server(make, listen, handshakes, tls))
+                self._servers.append(await open_server(make, listen, handshakes, tls, passed))
             except OSError as error:
                 raise StartError(
                     f"[{what}] listen {listen}: {error.strerror}; another program may use it, choose another address"
                 ) from error
-            log.info("listening", extra={"protocol": what, "address": str(listen)})
+            for sock in self._servers[-1].sockets:
+                self._notifier.store(sock.fileno(), stored_name(listen))
+            fact = {"protocol": what, "address": str(listen)} | ({"from": "systemd"} if passed else {})
+            log.info("listening", extra=fact)
 
     def _start_hubs(self) -> None:
         config = self.config
@@ -196,6 +239,7 @@ class App:
                 self.committer.kick,
                 self.broker.retain_received,
                 self.broker.requests,
+                self.certificates.clock_doubt,
             )
             self._hubs.append(link)
             link.start()
@@ -222,18 +266,27 @@ class App:
         if self._bridge is not None:
             self._bridge.committed()
 
+    def _offered(self) -> None:
+        for hub in self._hubs:
+            hub.committed()
+
     def _fatal(self, error: JournalError) -> None:
-        log.critical("the journal can't go on", extra={"error": str(error)})
-        self._error = error
+        if self._error is None:  # each reader that comes by a damaged page tells
+            log.critical("the journal can't go on", extra={"error": str(error)})
+            self._error = error
         self._stop.set()
 
     def _network(self) -> None:
         assert self._netlink is not None
         if netlink.drain(self._netlink):
-            for hub in self._hubs:
-                hub.network_changed()
-            if self._bridge is not None:
-                self._bridge.network_changed()
+            self._dial_now()
+
+    def _dial_now(self) -> None:
+        """Whatever was waited for: something has changed, and what failed may succeed."""
+        for hub in self._hubs:
+            hub.network_changed()
+        if self._bridge is not None:
+            self._bridge.network_changed()
 
     def _housekeeping(self) -> None:
         self.broker.run_due()
@@ -241,7 +294,6 @@ class App:
         if self._amqp is not None:
             self._amqp.housekeeping()
         self.broker.retained.expire(self.journal.age_us())
-        self.journal.reclaim()
         if self.journal.pending:
             self.committer.kick()
         self._loop.call_later(HOUSEKEEPING_S, self._housekeeping)
@@ -258,6 +310,13 @@ class App:
         """What clients acknowledged is written a few times a second, not each time."""
         self.broker.caught_up()
         self.journal.write_cursors()
+        self._until_reclaim -= 1
+        if not self._until_reclaim:
+            self._until_reclaim = RECLAIM_TICKS
+            off_s = self.journal.count_time_off()
+            if off_s:
+                log.info("clock right: the time off counts for what was here before", extra={"off_s": off_s})
+            self.journal.reclaim()
         if self.journal.pending:
             self.committer.kick()
         self._loop.call_later(CURSORS_S, self._write_cursors)
@@ -284,17 +343,32 @@ class App:
     def reload(self) -> None:
         """SIGHUP: take the file as it is now, or keep what we have and say what is wrong with it."""
         self._notifier.reloading(time.monotonic_ns() // 1000)
-        try:
-            self._take_over(load(self.config_path))
-        except (ConfigError, JournalError, StartError) as error:
-            log.error("configuration not taken; the old one stays", extra={"error": str(error)})
-        else:
-            log.info("configuration reloaded", extra={"file": str(self.config_path)})
+        self._reload_asked = True
+        if self._reloading is None or self._reloading.done():
+            self._reloading = self._loop.create_task(self._reload())
+
+    async def _reload(self) -> None:
+        while self._reload_asked:  # once more if it was asked for while the file was being read
+            self._reload_asked = False
+            try:
+                await self._read_and_take_over()
+            except (ConfigError, ChildError, JournalError, StartError) as error:
+                log.error("configuration not taken; the old one stays", extra={"error": str(error)})
+            else:
+                log.info("configuration reloaded", extra={"file": str(self.config_path)})
         self._notifier.ready()
+
+    async def _read_and_take_over(self) -> None:
+        async with self._reading:
+            config = await read(self.config_path)
+            if self._stop.is_set():
+                raise StartError("the gateway is stopping")
+            self._take_over(config)
 
     def _take_over(self, config: Config) -> None:
         old = self.config
         fixed = {
+            "[gateway] encryption_keys": old.gateway.encryption_keys != config.gateway.encryption_keys,
             "[gateway] id": old.gateway.id != config.gateway.id,
             "[gateway] state_dir": old.gateway.state_dir != config.gateway.state_dir,
             "[gateway] synchronous": old.gateway.synchronous != config.gateway.synchronous,
@@ -314,6 +388,7 @@ class App:
             self._mqtt.rules_changed()
         for tls in self._certificates:
             tls.renew()
+        self.certificates.reload(config)
         if (old.hubs, old.outbound, old.inbound) != (config.hubs, config.outbound, config.inbound):
             for hub in self._hubs:
                 hub.stop()
@@ -341,9 +416,10 @@ class App:
             self._bridge.stop()
         failed = self._error is not None
         if not failed:
+            self.journal.stop_holding()
             try:
                 async with asyncio.timeout(STOP_S_MAX / 2):
-                    await self.committer.drain()  # who waits for an acknowledgement gets it
+                    await self.committer.flush()  # who waits for an acknowledgement now gets it
             except TimeoutError:
                 log.error("the disk is too slow to finish the last commit in time")
         if self._bridge is not None:
@@ -367,6 +443,7 @@ class App:
                 log.error("cursors of the last moment were not stored; some messages will be sent again")
         self.committer.stop()
         self.access.stop()
+        self.certificates.stop()
         if failed:
             log.critical("stopped by a journal error; the next start deals with it", extra={"error": str(self._error)})
             return 1
@@ -381,9 +458,9 @@ class App:
 
     def _status(self, _: dict[str, Any]) -> dict[str, Any]:
         journal = self.journal
-        in_flight: dict[str, int] = {}
+        outbound: dict[str, dict[str, Any]] = {}
         for hub in self._hubs:
-            in_flight |= hub.in_flight()
+            outbound |= hub.streams()
         durations = sorted(self.committer.durations_s)
         return {
             "gateway": self.config.gateway.id,
@@ -412,7 +489,10 @@ class App:
                     "next_seq": s.next_seq,
                     "max_bytes": s.limits.bytes_max,
                     "max_messages": s.limits.messages_max,
-                    "in_flight": in_flight.get(s.name, 0),
+                    "in_flight": 0,
+                    "unwritten": 0 if s.unwritten is None else s.unwritten.rows,
+                    "never_written": 0 if s.unwritten is None else s.unwritten.spared,
+                    **outbound.get(s.name, {}),
                 }
                 for s in journal.streams.values()
             ],
@@ -422,7 +502,8 @@ class App:
             "dead": journal.dead_count,
             "commit_ms": {"p50": _quantile_ms(durations, 0.5), "p99": _quantile_ms(durations, 0.99)},
             "rss_bytes": _rss_bytes(),
-        }
+            "written_bytes": _written_bytes(),
+        } | self.certificates.status()
 
     def _clients(self, _: dict[str, Any]) -> dict[str, Any]:
         connected = [c.describe() for c in self._mqtt.clients] if self._mqtt else []
@@ -438,8 +519,13 @@ class App:
             away += self._amqp.away()
         return {"clients": connected, "away": away}
 
-    def _reload_command(self, _: dict[str, Any]) -> dict[str, Any]:
-        self._take_over(load(self.config_path))
+    async def _reload_command(self, _: dict[str, Any]) -> dict[str, Any]:
+        await self._read_and_take_over()
+        return {}
+
+    def _network_command(self, _: dict[str, Any]) -> dict[str, Any]:
+        """From who knows of the line what this machine's kernel does not: a router's hook, a simulation."""
+        self._dial_now()
         return {}
 
     def _requeue(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -451,6 +537,20 @@ class App:
         count = maintenance.drop(self.journal, [int(i) for i in request.get("ids", [])])
         self.committer.kick()
         return {"count": count}
+
+
+def _keyring(files: tuple[Path, ...]) -> Seal | None:
+    """What encrypts the journal. Raises StartError."""
+    if not files:
+        return None
+    from security.atrest import KeyFileError, Keyring, read_key  # memory that a plain journal need not spend
+
+    try:
+        return Keyring([read_key(file) for file in files])
+    except KeyFileError as error:
+        raise StartError(
+            f"[gateway] encryption_keys: {error}; the journal was not touched, and is not opened without its key"
+        ) from error
 
 
 def _over_websocket(
@@ -476,18 +576,37 @@ def _rss_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _written_bytes() -> int | None:
+    """What this process has had written to disks since it started, in the kernel's pages; None where it can't tell."""
+    try:
+        with open("/proc/self/io", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("write_bytes:"))
+    except (OSError, StopIteration):
+        return None
+
+
 async def _run(config_path: Path, config: Config, notifier: Notifier) -> int:
+    tell_exhaustion(asyncio.get_running_loop())
     app = App(config_path, config, notifier)
     await app.start()
     notifier.ready(f"{config.gateway.id}: running")
     return await app.run()
 
 
-def run_daemon(config_path: Path) -> int:
-    """Run until SIGTERM or SIGINT; return the exit status. Raises LinesideError where it can't start."""
-    config = load(config_path)
+def run_daemon(config_path: Path, reading: Reading) -> int:
+    """Run until SIGTERM or SIGINT; return the exit status. Raises LinesideError where it can't start.
+
+    `reading`: that of the same file, which a reload reads again.
+    """
+    config = reading.config()
     set_up_logging(getattr(logging, config.gateway.log_level.upper()))
+    listeners = (config.mqtt and config.mqtt.clients_max, config.amqp and config.amqp.connections_max)
+    raise_limit(2 * sum(each or 0 for each in listeners))  # as many again may be in their handshake
     try:
         return asyncio.run(_run(config_path, config, Notifier.from_environment()))
     except JournalError as error:
         raise StartError(str(error)) from error
+    except OSError as error:
+        if not exhausted(error):
+            raise
+        raise StartError("no more files can be opened: raise `ulimit -n` (LimitNOFILE= of a unit)") from error

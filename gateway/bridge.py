@@ -34,8 +34,8 @@ from gateway.bridge_flow import Inflow, Outflow, Taken, release
 from gateway.broker import Broker
 from gateway.config import Bridge as BridgeConfig
 from gateway.config import Config
-from gateway.mqtt.codec import PublishProperties
 from gateway.mqtt.mapping import to_mqtt
+from gateway.mqtt.packets import PublishProperties
 from gateway.mqtt.topics import check_topic
 from gateway.uplink.state import Failure, LinkState, State
 
@@ -223,7 +223,8 @@ class Bridge:
         client.connect_timeout = config.connect_timeout_s
         client.max_inflight_messages = 0  # the window is kept by `Outflow`
         if config.url.tls:
-            client.tls_set_context(_RenewedContext(config.ca, config.cert, config.key))
+            files = (config.ca, config.cert, config.key, config.crl, config.key_password_file)
+            client.tls_set_context(_RenewedContext(*files))
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
@@ -618,14 +619,15 @@ class Bridge:
 class _RenewedContext(ssl.SSLContext):
     """Reads its files anew for every connection, so that renewed ones are used without a restart."""
 
-    _files: tuple[Path | None, Path | None, Path | None]
+    _files: tuple[Path | None, ...]
 
-    def __new__(cls, ca: Path | None, cert: Path | None, key: Path | None) -> _RenewedContext:
+    def __new__(cls, *files: Path | None) -> _RenewedContext:
+        """`files`: as `client_context` takes them."""
         context = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
-        context._files = (ca, cert, key)
+        context._files = files
         return context
 
-    def __init__(self, ca: Path | None, cert: Path | None, key: Path | None) -> None:
+    def __init__(self, *files: Path | None) -> None:
         super().__init__()
 
     def wrap_socket(self, sock: socket.socket, *args: Any, **kwargs: Any) -> ssl.SSLSocket:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from gateway.amqp.message import Message, MessageError, decode
-from gateway.mqtt.codec import PublishProperties
 from gateway.mqtt.mapping import append_with
+from gateway.mqtt.packets import PublishProperties
 from gateway.routing import Router
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
@@ -125,6 +125,7 @@ class Inflow:
             return
         self._blocked = None
         router, queue, journal = self._router(), self._queue, self._journal
+        journal.intake()
         age_us = journal.age_us()
         done: list[Taken] = []
         room = self._window - self.staged - self._unproven - self._asked
@@ -177,7 +178,7 @@ class Inflow:
     def _never_fits(self, message: Taken, router: Router) -> bool:
         """Whether to wait for room would be to wait for ever."""
         stream = router.route(message.topic, message.qos).stream
-        return not self._journal.disk_full and (len(message.payload) > stream.limits.bytes_max or not stream.rows)
+        return not self._journal.refuses(stream) and (len(message.payload) > stream.limits.bytes_max or not stream.rows)
 
     # ------------------------------------------------------------------ the journal's side (Waiter)
 

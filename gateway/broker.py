@@ -12,10 +12,11 @@ from typing import Any
 
 from gateway.amqp.message import ANNOTATION_RETAIN, MessageError
 from gateway.config import Config
+from gateway.endings import Endings
 from gateway.groups import Group
-from gateway.mqtt.codec import Connect, PublishProperties, Reason
 from gateway.mqtt.delivery import Delivery
 from gateway.mqtt.mapping import ANNOTATION_SOURCE, append_with, template_with
+from gateway.mqtt.packets import Connect, PublishProperties, Reason
 from gateway.mqtt.topics import split_shared
 from gateway.mqtt.tree import FilterTree
 from gateway.replies import Requests
@@ -24,9 +25,11 @@ from gateway.routing import Router, filters_overlap, inbound_filter
 from gateway.sessions import Due, Feed, Item, Outlet, SentState, Session, Subscription, Want
 from gateway.shares import ShareGroup
 from gateway.wills import Testament, Wills
+from storeforward.batch import Appended, Batch
 from storeforward.errors import JournalFull
-from storeforward.journal import Appended, Batch, Journal
+from storeforward.journal import Journal
 from storeforward.schema import SEQ_MASK
+from storeforward.sealed_tables import open_due
 from storeforward.streams import COLUMNS, Row, Stream, StreamLimits, WhenFull
 
 log = logging.getLogger("lineside.broker")
@@ -60,6 +63,7 @@ class Broker:
         self.shares: dict[tuple[str, str], ShareGroup] = {}
         self.retained = RetainedStore(journal, config.mqtt.retained_max if config.mqtt is not None else 0)
         self.wills = Wills(journal)
+        self._endings = Endings(journal)
         self.requests = Requests(journal)
         self.schedule: Callable[[float], None] = lambda delay_s: None
         self._tree: FilterTree[tuple[Reader, str]] = FilterTree()
@@ -80,7 +84,14 @@ class Broker:
         journal = self.journal
         self._filters.clear()
         for out in config.outbound:
-            limits = StreamLimits(out.max_bytes, out.max_messages, WhenFull(out.when_full))
+            linger_s = out.linger_s if out.ack == "disk-or-hub" else None
+            limits = StreamLimits(
+                out.max_bytes,
+                out.max_messages,
+                WhenFull(out.when_full),
+                linger_s=linger_s,
+                urgent=out.class_ == "urgent",
+            )
             stream = journal.stream(out.stream, "outbound", limits)
             journal.cursor(stream, "uplink", "uplink")
             self._filters[stream] = list(out.topics)
@@ -148,7 +159,7 @@ class Broker:
         if not retain:
             return
         if payload and seq is None:  # nobody is here to be told, so it was not encoded yet
-            if self.journal.disk_full:
+            if self.journal.refuses(route.stream):
                 raise JournalFull(route.stream.name, "the disk is full")
             template, expires = template_with(self.router.identity, route, qos, properties, age_us, notes)
             body = template.encode(0, payload)
@@ -166,8 +177,12 @@ class Broker:
         if not message.size:
             retained.clear(message.topic)
         elif retained.full_for(message.topic):
-            log.warning("not retained: too many", extra={"topic": message.topic, "retained_max": retained.messages_max})
-            self.journal.lose(message.stream, message.seq or 0, "retained-full", message.size, message.topic)
+            if retained.tell_full(self.journal.age_us()):
+                full = {"topic": message.topic, "retained_max": retained.messages_max}
+                log.warning("not retained: too many", extra=full)
+            self.journal.lose(
+                message.stream, message.seq or 0, "retained-full", message.size, self.journal.in_ledger(message.topic)
+            )
         else:
             retained.set(message, body)
 
@@ -201,6 +216,12 @@ class Broker:
         for client_id, n, topic, qos, identifiers in query(
             "SELECT client_id, n, topic, qos, identifiers FROM mqtt_retained_due ORDER BY client_id, n"
         ):
+            try:
+                topic = open_due(self.journal.seal, client_id, n, topic)
+            except ValueError:
+                self.journal.lose("retained", 0, "corrupt", 0, f"owed to {client_id}")
+                self.journal.execute("DELETE FROM mqtt_retained_due WHERE client_id = ? AND n = ?", (client_id, n))
+                continue
             self.sessions[client_id].restore_due(n, Due(topic, qos, tuple(json.loads(identifiers))))
 
     def _adopt_orphans(self) -> None:
@@ -222,10 +243,14 @@ class Broker:
                 else:
                     self.journal.drop_cursor(stream, name)
 
-    def connect(self, connect: Connect, client_id: str, expiry_s: int | None, outlet: Outlet) -> tuple[Session, bool]:
-        """The client's session, and whether it was there before. Call `attach` once the client may be sent something.
+    def connect(
+        self, connect: Connect, client_id: str, expiry_s: int | None, outlet: Outlet
+    ) -> tuple[Session, bool, bool]:
+        """The client's session, whether it was there before, and whether the CONNACK speaks of what has to be on disk.
 
-        `expiry_s` None: it never expires; 0: it ends with the connection.
+        That is a session or a will that lasts, and the end of one that did: after a crash it would be there again.
+        Call `attach` once the client may be sent something. `expiry_s` None: it never expires; 0: it ends with the
+        connection.
         """
         self.expire_sessions()
         session = self.sessions.get(client_id)
@@ -245,7 +270,7 @@ class Broker:
         if session.durable:
             self._save(session)
         session.outlet = outlet
-        return session, present
+        return session, present, session.durable or connect.will is not None or client_id in self._endings
 
     def attach(self, session: Session, outlet: Outlet) -> None:
         """The client has its CONNACK: what waits for it goes out."""
@@ -296,6 +321,7 @@ class Broker:
         session.feeds.clear()
         if session.durable:
             self.journal.execute("DELETE FROM mqtt_session WHERE client_id = ?", (session.client_id,))
+            self._endings.add(session.client_id)
         self._subscriptions_changed()
         will = self.wills.get(session.client_id)
         if will is not None:
@@ -573,7 +599,7 @@ class Broker:
             if appended.rows <= LIVE_ROWS_MAX:
                 self._hand_out(stream, appended, woken)
                 continue
-            for topic in set(appended.columns[3::COLUMNS]):
+            for topic in dict.fromkeys(appended.columns[3::COLUMNS]):
                 for reader in self.audience(stream, topic):
                     reader.woken(stream, appended.first_seq)
                     woken[reader] = None

@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gateway.config_problems import Report, assign, dotted
+from gateway.config_fields import path_fault, resolve_path
+from gateway.config_report import Report, assign, dotted
 from gateway.config_values import (
     ACCEPT_LOSS,
     ALLOW_PLAINTEXT,
@@ -36,6 +37,7 @@ from gateway.config_values import (
 from gateway.toml_lines import Path as KeyPath
 from security import passwords
 from security.passwords import PasswordFileError
+from security.tls_faults import TOKEN_MARK
 
 STREAMS_MAX = 1000
 RESERVED_STREAMS = frozenset({"local"})
@@ -67,6 +69,8 @@ def _tried(parse: Callable[[str], _T], text: str) -> _T | None:
 def check_all(raw: Mapping[str, Any], base: Path, report: Report, *, check_files: bool) -> None:
     """Report everything that no single key's own rule can see. `base`: what relative paths are relative to."""
     _check_gateway(raw, report)
+    if check_files:
+        _check_encryption_keys(raw, base, report)
     _check_listeners(raw, base, report, check_files)
     _check_hubs(raw, base, report, check_files)
     _check_bridge(raw, base, report, check_files)
@@ -83,6 +87,25 @@ def _check_gateway(raw: Mapping[str, Any], report: Report) -> None:
         expected = "FULL, as less would break the promise that acknowledged means on disk"
         write = f'synchronous = "FULL", or add accept_loss = {json.dumps(ACCEPT_LOSS)}'
         report.add(("gateway", "synchronous"), expected, write)
+
+
+def _check_encryption_keys(raw: Mapping[str, Any], base: Path, report: Report) -> None:
+    names = _strings(_table(raw, "gateway").get("encryption_keys", []))
+    if not names:
+        return
+    from security.atrest import KeyFileError, Keyring, read_key
+
+    keys = []
+    for number, name in names:
+        try:
+            keys.append(read_key(resolve_path(name, base)))
+        except KeyFileError as error:
+            report.add(("gateway", "encryption_keys", number), f"a file with a key ({error})")
+    try:
+        if len(keys) == len(names):
+            Keyring(keys)
+    except KeyFileError as error:
+        report.add(("gateway", "encryption_keys"), f"different keys ({error})")
 
 
 def _check_listeners(raw: Mapping[str, Any], base: Path, report: Report, check_files: bool) -> None:
@@ -113,23 +136,38 @@ def _check_listeners(raw: Mapping[str, Any], base: Path, report: Report, check_f
 
 
 def _check_listener_tls(key: str, table: Mapping[str, Any], base: Path, report: Report, check_files: bool) -> None:
-    for one, other in (("cert", "key"), ("key", "cert"), ("client_ca", "cert"), ("crl", "client_ca")):
+    needs = (
+        ("cert", "key"),
+        ("key", "cert"),
+        ("key_password_file", "key"),
+        ("client_ca", "cert"),
+        ("crl", "client_ca"),
+    )
+    for one, other in needs:
         if one in table and other not in table:
             report.add((key, other), f"it beside `{one}`", report.example((key, other)), missing=True)
             break
     if table.get("client_cert") in ("optional", "required") and "client_ca" not in table:
         expected = "`client_ca` beside it: the authority whose certificates are good"
         report.add((key, "client_cert"), expected, report.example((key, "client_ca")))
-    names = [name for name in ("cert", "key", "client_ca", "crl") if isinstance(table.get(name), str)]
+    files = ("cert", "key", "key_password_file", "client_ca", "crl")
+    names = [name for name in files if isinstance(table.get(name), str)]
     if not check_files or not _check_files((key,), table, names, base, report) or not {"cert", "key"} <= set(names):
         return
-    paths = {name: base / table[name] for name in names}
+    paths = {name: resolve_path(table[name], base) for name in names}
     from security.tls import TLSFileError, server_context  # only here: OpenSSL takes a while to load
 
     try:
-        server_context(paths["cert"], paths["key"], paths.get("client_ca"), crl=paths.get("crl"))
+        server_context(
+            paths["cert"],
+            paths["key"],
+            paths.get("client_ca"),
+            crl=paths.get("crl"),
+            key_password=paths.get("key_password_file"),
+        )
     except TLSFileError as error:
-        at = next((name for name in ("key", "cert", "client_ca", "crl") if paths.get(name) == error.path), "cert")
+        order = ("key_password_file", "key", "cert", "client_ca", "crl")
+        at = next((name for name in order if paths.get(name) == error.path), "cert")
         report.add((key, at), f"a file that TLS can use ({error})")
 
 
@@ -169,8 +207,6 @@ def _check_hub_urls(number: int, hub: Mapping[str, Any], report: Report) -> None
 def _check_hub_credentials(number: int, hub: Mapping[str, Any], report: Report) -> None:
     here: KeyPath = ("hub", number)
     _check_pairs(here, hub, report)
-    if "crl" in hub and "ca" not in hub:
-        report.add((*here, "ca"), "it beside `crl`", report.example((*here, "ca")), missing=True)
     sasl = hub.get("sasl", "auto")
     if sasl == "plain" and "user" not in hub:
         report.add((*here, "sasl"), "`user` and `password_file` beside it", 'sasl = "auto", or add both')
@@ -182,13 +218,30 @@ def _check_hub_credentials(number: int, hub: Mapping[str, Any], report: Report) 
             if url and not url.tls:
                 secure = str(HubUrl(True, url.host, 5671 if url.port == 5672 else url.port))
                 report.add((*here, "urls", index), 'amqps://, as sasl = "external" needs TLS', json.dumps(secure))
+    if hub.get("ocsp") in ("if-stapled", "require"):
+        _check_hub_ocsp(here, hub, report)
+
+
+def _check_hub_ocsp(here: KeyPath, hub: Mapping[str, Any], report: Report) -> None:
+    for index, text in _strings(hub.get("urls")):
+        url = _tried(parse_hub_url, text)
+        if url and not url.tls:
+            secure = str(HubUrl(True, url.host, 5671 if url.port == 5672 else url.port))
+            expected = f'amqps://, as ocsp = "{hub["ocsp"]}" is about its certificate'
+            report.add((*here, "urls", index), expected, f'{json.dumps(secure)}, or ocsp = "off"')
+    try:
+        import security.stapled  # noqa: F401  here, so that a library that lacks something is told before a hub is dialled
+    except (ImportError, AttributeError) as error:
+        report.add((*here, "ocsp"), f"pyOpenSSL and cryptography as pinned by this version ({error})", '"off"')
 
 
 def _check_pairs(here: KeyPath, table: Mapping[str, Any], report: Report) -> None:
-    """A certificate goes with its key, a user with a password."""
+    """A certificate goes with its key, a revocation list with its authority, a user with a password."""
     for key, other in (
         ("cert", "key"),
         ("key", "cert"),
+        ("key_password_file", "key"),
+        ("crl", "ca"),
         ("user", "password_file"),
         ("password_file", "user"),
     ):
@@ -203,7 +256,7 @@ def _check_bridge(raw: Mapping[str, Any], base: Path, report: Report, check_file
         return
     _check_pairs(("bridge",), bridge, report)
     if check_files:
-        _check_files(("bridge",), bridge, ("ca", "cert", "key", "password_file"), base, report)
+        _check_files(("bridge",), bridge, _CLIENT_FILES, base, report)
     text = bridge.get("url")
     url = _tried(parse_broker_url, text) if isinstance(text, str) else None
     if url is not None:
@@ -266,11 +319,12 @@ def _topic_range(template: str) -> str:
     return template if filled is None else "/".join([*levels[:filled], "#"])
 
 
+_CLIENT_FILES = ("ca", "cert", "key", "key_password_file", "crl", "password_file")
 _PEM_MARKS = {
     "ca": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
     "client_ca": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
     "cert": re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
-    "key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "key": re.compile(rb"-----BEGIN ([A-Z ]*PRIVATE KEY|PKCS#11 PROVIDER URI)-----"),
     "crl": re.compile(rb"-----BEGIN X509 CRL-----"),
 }
 _PEM_NAMES = {
@@ -284,7 +338,14 @@ _PEM_MAX_BYTES = 4 << 20
 
 
 def _check_hub_files(number: int, hub: Mapping[str, Any], base: Path, report: Report) -> None:
-    _check_files(("hub", number), hub, ("ca", "cert", "key", "crl", "password_file"), base, report)
+    good = _check_files(("hub", number), hub, _CLIENT_FILES, base, report)
+    key = hub.get("key")
+    if good and isinstance(key, str) and hub.get("ocsp") in ("if-stapled", "require"):
+        path = resolve_path(key, base)
+        content = _read_file(path)
+        if isinstance(content, bytes) and TOKEN_MARK in content:
+            expected = f"a file with the key itself, as {path} names one in a token, which ocsp does without"
+            report.add(("hub", number, "key"), expected, 'another key, or ocsp = "off"')
 
 
 def _check_files(here: KeyPath, table: Mapping[str, Any], keys: Sequence[str], base: Path, report: Report) -> bool:
@@ -292,16 +353,16 @@ def _check_files(here: KeyPath, table: Mapping[str, Any], keys: Sequence[str], b
     before = len(report.problems)
     for key in keys:
         value = table.get(key)
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not isinstance(value, str) or path_fault(value):
             continue
         loc: KeyPath = (*here, key)
-        path = base / value
+        path = resolve_path(value, base)
         content = _read_file(path)
         if isinstance(content, str):
             report.add(loc, f"a file that can be read ({path}: {content})")
         elif key in _PEM_MARKS and not _PEM_MARKS[key].search(content):
             report.add(loc, f"{_PEM_NAMES[key]} in PEM form ({path} holds none)")
-        elif key == "password_file" and not content.strip():
+        elif key in ("password_file", "key_password_file") and not content.strip():
             report.add(loc, f"a password in the file ({path} is empty)")
     return len(report.problems) == before
 
@@ -337,12 +398,13 @@ def _check_access(raw: Mapping[str, Any], report: Report) -> None:
 def _check_password_files(raw: Mapping[str, Any], base: Path, report: Report) -> None:
     for key in ("mqtt", "amqp"):
         value = _table(raw, key).get("password_file")
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not isinstance(value, str) or path_fault(value):
             continue
+        path = resolve_path(value, base)
         try:
-            passwords.read(base / value)
+            passwords.read(path)
         except PasswordFileError as error:
-            write = "" if error.line else f"lineside passwd {base / value} USER"
+            write = "" if error.line else f"lineside passwd {path} USER"
             report.add((key, "password_file"), f"a password file that can be used ({error})", write)
 
 

@@ -6,6 +6,7 @@ For the configuration and the scenarios. Knows no key of either.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -20,6 +21,8 @@ from gateway.toml_lines import Path as KeyPath
 from gateway.toml_lines import key_lines
 
 FILE_MAX_BYTES = 4 << 20
+CREDENTIAL = "credential:"
+CREDENTIALS_DEFAULT = "/run/credentials/lineside.service"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -96,6 +99,27 @@ def seconds(lowest: float, highest: float) -> BeforeValidator:
         return duration_s
 
     return BeforeValidator(check)
+
+
+def resolve_path(value: str, base: Path) -> Path:
+    """Where a file is that the configuration names: relative to `base`, or a credential of the service's.
+
+    `credential:NAME` is what `LoadCredential=NAME:...` of the unit provides (systemd.exec(5), CREDENTIALS). Without a
+    service, as in `lineside check`, it is looked for where systemd keeps that of lineside.service.
+    """
+    if not value.startswith(CREDENTIAL):
+        return base / value
+    directory = os.environ.get("CREDENTIALS_DIRECTORY") or CREDENTIALS_DEFAULT
+    return Path(directory) / value.removeprefix(CREDENTIAL)
+
+
+def path_fault(value: str) -> str | None:
+    """What is wrong with the text of a path, if anything."""
+    if not value or "\0" in value:
+        return "a path"
+    if value.startswith(CREDENTIAL) and not _NAME.fullmatch(value.removeprefix(CREDENTIAL)):
+        return "the name of a credential after credential:"
+    return None
 
 
 def check_name(value: object) -> object:

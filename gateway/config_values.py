@@ -37,6 +37,9 @@ SIZE_UNITS = {
 }
 _DURATION_PART = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*(ms|s|min|m|h|d)")
 _DURATION_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+RATE_BYTES_S_MIN, RATE_BYTES_S_MAX = 50.0, 1e11
+_RATE = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*([A-Za-z]+/s)")
+_RATE_UNITS = {"bit/s": 0.125, "kbit/s": 125.0, "Mbit/s": 125e3, "Gbit/s": 125e6, "B/s": 1.0, "kB/s": 1e3, "MB/s": 1e6}
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
@@ -65,6 +68,59 @@ def parse_duration(value: object) -> float:
     if not parts or "".join(part[0] for part in parts) != typing.cast(str, value).strip():
         raise ValueError('a duration such as "250ms", "20s" or "1h"')
     return sum(float(part[1]) * _DURATION_UNITS_S[part[2]] for part in parts)
+
+
+def parse_rate(value: object) -> float:
+    """Return bytes a second from a line's rate with its unit ("9.6kbit/s", "2Mbit/s", "1200B/s"). Raises ValueError."""
+    match = _RATE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError('a rate such as "9.6kbit/s" or "2Mbit/s"')
+    if match[2] not in _RATE_UNITS:
+        near = next((unit for unit in _RATE_UNITS if unit.lower() == match[2].lower()), "kbit/s")
+        raise ValueError(f"one of the units {', '.join(_RATE_UNITS)}", f"{match[1]}{near}")
+    rate = float(match[1]) * _RATE_UNITS[match[2]]
+    if not RATE_BYTES_S_MIN <= rate <= RATE_BYTES_S_MAX:
+        raise ValueError("a rate from 400bit/s to 800Gbit/s")
+    return rate
+
+
+def show_rate(bytes_s: float) -> str:
+    """A rate for people, in the units the file takes."""
+    unit = next((unit for unit in ("Gbit/s", "Mbit/s", "kbit/s") if bytes_s >= _RATE_UNITS[unit]), "bit/s")
+    return f"{bytes_s / _RATE_UNITS[unit]:.4g}{unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Per cent of a line that each class of streams keeps while all have something to send; together they are 100.
+
+    `live`: per cent of its class that streams which keep up have before those that work off a backlog.
+    """
+
+    urgent: int = 70
+    normal: int = 20
+    bulk: int = 10
+    live: int = 80
+
+    def of(self, class_: str) -> int:
+        return {"urgent": self.urgent, "normal": self.normal, "bulk": self.bulk}[class_]
+
+
+def parse_shares(value: object) -> Shares:
+    """Read { urgent = 70, normal = 20, bulk = 10, live = 80 }; what is left out is as here. Raises ValueError."""
+    known = Shares()
+    names = ("urgent", "normal", "bulk", "live")
+    whole = 'per cent, each from 1 to 98 and the first three together 100, for "urgent", "normal", "bulk" and "live"'
+    write = "{ urgent = 70, normal = 20, bulk = 10, live = 80 }"
+    if not isinstance(value, dict) or not set(value) <= set(names):
+        raise ValueError(whole, write)
+    shares = {name: value.get(name, getattr(known, name)) for name in names}
+    if not all(isinstance(each, int) and not isinstance(each, bool) and 1 <= each <= 98 for each in shares.values()):
+        raise ValueError(whole, write)
+    out = Shares(**shares)
+    if out.urgent + out.normal + out.bulk != 100:
+        raise ValueError(f"{whole}, and these are {out.urgent + out.normal + out.bulk}", write)
+    return out
 
 
 def show_size(size_bytes: int) -> str:
@@ -199,6 +255,8 @@ def parse_listen(text: str, protocol: str = "mqtt") -> Listen:
 def _parse_host_port(text: str, port_default: int, before: str) -> tuple[str, int]:
     """`before`: what stands in front of it, for the suggestions."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]*)):(\d{1,5})", text)
+    if match is None and (meant := _ipv6_meant(text, port_default)):
+        raise ValueError("an IPv6 address in brackets, then a colon and the port", before + meant)
     if match is None:
         host = text.strip() if re.fullmatch(r"\s*[\w.-]*[A-Za-z.][\w.-]*\s*", text) else "127.0.0.1"
         port = text.strip(": ") if text.strip(": ").isdecimal() else str(port_default)
@@ -215,6 +273,17 @@ def _parse_host_port(text: str, port_default: int, before: str) -> tuple[str, in
         except ValueError:
             raise ValueError("an IPv6 address between the brackets", f"{before}[::1]:{number}") from None
     return host, number
+
+
+def _ipv6_meant(text: str, port_default: int) -> str | None:
+    """ "[::1]5672", "::1:5672" or "fe80::1" as it has to be written; None for what has no IPv6 address in it."""
+    match = re.fullmatch(r"\s*\[?([0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*?)(?:\]:?|:)(\d{4,5})\s*", text)
+    for host, port in ([(match[1], int(match[2]))] if match else []) + [(text.strip(" []"), port_default)]:
+        try:
+            return f"[{ipaddress.IPv6Address(host)}]:{port if port <= 65535 else port_default}"
+        except ValueError:
+            continue
+    return None
 
 
 def parse_origin(text: str) -> str:

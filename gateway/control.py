@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ REQUEST_MAX_BYTES = 1 << 20
 IDLE_S_MAX = 30.0
 CONNECTIONS_MAX = 16
 
-Commands = dict[str, Callable[[dict[str, Any]], dict[str, Any]]]
+Answer = dict[str, Any]
+Commands = dict[str, Callable[[dict[str, Any]], Answer | Awaitable[Answer]]]
 
 
 class ControlServer:
@@ -59,7 +60,7 @@ class ControlServer:
         try:
             async with asyncio.timeout(IDLE_S_MAX):
                 while line := await reader.readline():
-                    writer.write(json.dumps(self.answer(line)).encode() + b"\n")
+                    writer.write(json.dumps(await self.answer(line)).encode() + b"\n")
                     await writer.drain()
         except (TimeoutError, ValueError, OSError) as error:
             log.debug("control connection ended", extra={"error": str(error)})
@@ -67,7 +68,7 @@ class ControlServer:
             self._connections.discard(writer)
             writer.close()
 
-    def answer(self, line: bytes) -> dict[str, Any]:
+    async def answer(self, line: bytes) -> Answer:
         """The reply to one request line."""
         try:
             request = json.loads(line)
@@ -78,7 +79,8 @@ class ControlServer:
         if command is None:
             return {"ok": False, "error": f"unknown command {do!r}; known: {', '.join(sorted(self._commands))}"}
         try:
-            return {"ok": True} | command(request)
+            answer = command(request)
+            return {"ok": True} | (await answer if isinstance(answer, Awaitable) else answer)
         except Exception as error:  # one bad request must not end the daemon
             log.exception("control command failed", extra={"do": do})
             return {"ok": False, "error": str(error)}

@@ -19,14 +19,16 @@ import re
 import socket
 import struct
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TextIO
 
 JOURNAL_SOCKET: Final = "/run/systemd/journal/socket"
 FIELD_NAME_CHARACTERS_MAX: Final = 64
 FIELD_PREFIX: Final = "LINESIDE_"
+EXTEND_S: Final = 60.0
 
 # What a LogRecord has of itself; whatever else it carries came as a field.
 _RECORD_ATTRIBUTES: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -94,15 +96,44 @@ class Notifier:
         """Ask for more time to start, reload or stop, counted from now."""
         return self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
-    def _send(self, *lines: str) -> bool:
+    @contextlib.contextmanager
+    def starting(self, every_s: float = EXTEND_S / 3) -> Iterator[None]:
+        """Ask for more time as long as what comes first goes on: a salvage of millions of rows takes minutes."""
+        over = threading.Event()
+
+        def ask() -> None:
+            while not over.wait(every_s):
+                self.extend_timeout(EXTEND_S)
+
+        asking = threading.Thread(target=ask, name="starting", daemon=True)
+        asking.start()
+        try:
+            yield
+        finally:
+            over.set()
+            asking.join()
+
+    def store(self, fd: int, name: str) -> bool:
+        """Leave a copy of this descriptor with the service manager, which passes it to our next start.
+
+        Also after a crash. Needs FileDescriptorStoreMax in the unit (sd_notify(3)); without it the copy is dropped.
+        """
+        return self._send("FDSTORE=1", f"FDNAME={name}", fds=[fd])
+
+    def forget(self, name: str) -> bool:
+        """Have what was stored under this name closed."""
+        return self._send("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+    def _send(self, *lines: str, fds: Sequence[int] = ()) -> bool:
         """Whether the service manager's socket took it."""
         if self.address is None:
             return False
         text = "\n".join(line for line in lines if line)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
                 out.setblocking(False)
-                out.sendto(text.encode(), _abstract(self.address))
+                out.sendmsg([text.encode()], rights, 0, _abstract(self.address))
         except OSError:
             return False
         return True

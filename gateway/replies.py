@@ -21,6 +21,7 @@ from urllib.parse import unquote
 from gateway.amqp.message import ANNOTATION_REQUEST, Message, answer_to
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
+from storeforward.sealed_tables import open_request, seal_request
 from storeforward.streams import Stream
 
 log = logging.getLogger("lineside.replies")
@@ -63,6 +64,12 @@ class Requests:
         for message_id, inbound, topic, correlation, expires, answered in journal.query(
             "SELECT message_id, inbound, response_topic, correlation, expires_age_us, answered FROM request ORDER BY n"
         ):
+            try:
+                topic, correlation = open_request(journal.seal, message_id, topic, correlation)
+            except ValueError:
+                journal.lose(*_place_of(message_id), "corrupt", 0, "a request that waits for its reply")
+                journal.execute("DELETE FROM request WHERE message_id = ?", (message_id,))
+                continue
             self._add(Request(message_id, inbound, topic, correlation, expires, bool(answered)))
         self._make_room()
 
@@ -81,14 +88,17 @@ class Requests:
 
     def open(self, request: Request) -> None:
         """Remember a request that is staged in the pending batch: both are durable, or neither."""
+        topic, correlation = seal_request(
+            self._journal.seal, request.message_id, request.response_topic, request.correlation
+        )
         self._journal.execute_with_rows(
             "INSERT INTO request (message_id, inbound, response_topic, correlation, expires_age_us) "
             "VALUES (?, ?, ?, ?, ?)",
             (
                 request.message_id,
                 request.inbound,
-                request.response_topic,
-                request.correlation,
+                topic,
+                correlation,
                 request.expires_age_us,
             ),
         )
@@ -105,7 +115,9 @@ class Requests:
             if not forgotten.answered:
                 log.warning("request forgotten: too many are open", extra={"message_id": forgotten.message_id})
                 stream, seq = _place_of(forgotten.message_id)
-                self._journal.lose(stream, seq, "request-forgotten", 0, forgotten.response_topic)
+                self._journal.lose(
+                    stream, seq, "request-forgotten", 0, self._journal.in_ledger(forgotten.response_topic)
+                )
 
     def find(self, inbound: str, message: Message, age_us: int) -> Request | None:
         """The request that a message received on this stream answers; None if there is none, or none any more."""

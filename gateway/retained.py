@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from zlib import crc32
 
 from gateway.mqtt.topics import filter_matches
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
+from storeforward.sealed_tables import open_retained, seal_retained
+
+TELL_FULL_US = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,20 @@ class RetainedStore:
         self.journal = journal
         self.messages_max = messages_max
         self._by_topic: dict[str, Retained] = {}
+        self._told_us: int | None = None
         # As `_by_topic` will be when all that is staged is on disk.
         self._staged: dict[str, Retained | None] = {}
-        for topic, qos, expires, stream, seq, size in journal.query(
-            "SELECT topic, qos, expires_age_us, stream, seq, length(body) FROM retained"
+        for topic, qos, expires, stream, seq, size, crc, sealed in journal.query(
+            "SELECT topic, qos, expires_age_us, stream, seq, length(body), crc, "
+            "CASE typeof(topic) WHEN 'blob' THEN body END FROM retained"
         ):
+            if sealed is not None:
+                found = open_retained(journal.seal, topic, crc, sealed)
+                if found is None:
+                    journal.lose("retained", 0, "corrupt", size)
+                    journal.execute("DELETE FROM retained WHERE topic = ?", (topic,))
+                    continue
+                topic, size = found[0], len(found[1])
             self._by_topic[topic] = Retained(topic, qos, expires, stream, seq, size)
 
     def __len__(self) -> int:
@@ -47,20 +58,30 @@ class RetainedStore:
     def full_for(self, topic: str) -> bool:
         return len(self._by_topic) + len(self._staged) >= self.messages_max and topic not in self._by_topic
 
+    def tell_full(self, age_us: int) -> bool:
+        """Whether the log is to say so again; the ledger has each of them."""
+        if self._told_us is not None and age_us - self._told_us < TELL_FULL_US:
+            return False
+        self._told_us = age_us
+        return True
+
     def set(self, message: Retained, body: bytes) -> None:
         """Retain `body` with the batch that is pending; an empty payload is the caller's to `clear`."""
+        topic, crc, stored = seal_retained(self.journal.seal, message.topic, body)
+        if self.journal.seal is not None:  # it may be there in plain text, or under an older key
+            self._delete(message.topic)
         self.journal.execute_with_rows(
             "INSERT OR REPLACE INTO retained (topic, qos, time_us, expires_age_us, stream, seq, crc, body) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                message.topic,
+                topic,
                 message.qos,
                 self.journal.wall_us,
                 message.expires_age_us,
                 message.stream,
                 message.seq,
-                crc32(body),
-                body,
+                crc,
+                stored,
             ),
         )
         self._stage(message.topic, message)
@@ -68,8 +89,16 @@ class RetainedStore:
     def clear(self, topic: str) -> None:
         """Forget what is retained for a topic (MQTT 5.0 §3.3.1.3)."""
         if topic in self._by_topic or topic in self._staged:
-            self.journal.execute_with_rows("DELETE FROM retained WHERE topic = ?", (topic,))
+            self._delete(topic)
             self._stage(topic, None)
+
+    def _names(self, topic: str) -> list[str | bytes]:
+        """By which names a topic may be in the file."""
+        return [topic, *(() if self.journal.seal is None else self.journal.seal.name(topic))]
+
+    def _delete(self, topic: str) -> None:
+        for name in self._names(topic):
+            self.journal.execute_with_rows("DELETE FROM retained WHERE topic = ?", (name,))
 
     def _stage(self, topic: str, message: Retained | None) -> None:
         self._staged[topic] = message
@@ -104,20 +133,25 @@ class RetainedStore:
 
     def body(self, topic: str) -> bytes | None:
         """The message as it was encoded; None if it is gone or does not read, which is then in the ledger."""
-        rows = self.journal.query("SELECT crc, body FROM retained WHERE topic = ?", (topic,))
-        if not rows:
-            return None
-        crc, body = rows[0]
-        if crc32(body) != crc:
-            self.journal.lose("retained", 0, "corrupt", len(body), topic)
+        for name in self._names(topic):
+            for crc, body in self.journal.query("SELECT crc, body FROM retained WHERE topic = ?", (name,)):
+                found = open_retained(self.journal.seal, name, crc, body)
+                if found is not None:
+                    return found[1]
+                self.journal.lose("retained", 0, "corrupt", len(body), self.journal.in_ledger(topic))
+                self.clear(topic)
+                return None
+        known = self._by_topic.get(topic)
+        if known is not None:
+            self.journal.lose("retained", 0, "corrupt", known.size, self.journal.in_ledger(topic))
             self.clear(topic)
-            return None
-        return bytes(body)
+        return None
 
     def expire(self, age_us: int) -> int:
         """Forget what has expired; return how many that were. Its subscribers had it in its time: no loss."""
         over = [t for t, m in self._by_topic.items() if m.expires_age_us is not None and m.expires_age_us <= age_us]
         for topic in over:
             del self._by_topic[topic]
-            self.journal.execute("DELETE FROM retained WHERE topic = ? AND expires_age_us <= ?", (topic, age_us))
+            for name in self._names(topic):
+                self.journal.execute("DELETE FROM retained WHERE topic = ? AND expires_age_us <= ?", (name, age_us))
         return len(over)

@@ -21,6 +21,7 @@ from gateway.mqtt.delivery import Delivery
 from gateway.retained import Retained, RetainedStore
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
+from storeforward.sealed_tables import seal_due
 from storeforward.streams import Cursor, Row, Stream
 
 if TYPE_CHECKING:
@@ -306,9 +307,10 @@ class Session:
                 continue
             self.due[self._due_next] = due
             if self.durable:
+                topic = seal_due(self._journal.seal, self.client_id, self._due_next, message.topic)
                 self._journal.execute(
                     "INSERT INTO mqtt_retained_due VALUES (?, ?, ?, ?, ?)",
-                    (self.client_id, self._due_next, message.topic, qos, json.dumps(identifiers)),
+                    (self.client_id, self._due_next, topic, qos, json.dumps(identifiers)),
                 )
                 added = True
             self._due_next += 1

@@ -6,16 +6,20 @@ Knows nothing of what is spoken on top.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
+import socket
 import ssl
 import stat
+from asyncio import sslproto
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from gateway.config_values import Listen
+from security.admission import Admission, Reports
 from security.tls import ClientCert, TLSFileError, file_stamp, server_context
 
 log = logging.getLogger("lineside.listen")
@@ -23,7 +27,27 @@ log = logging.getLogger("lineside.listen")
 HANDSHAKE_S: Final = 10.0
 CLOSE_S: Final = 2.0
 BACKLOG: Final = 1024
+# asyncio keeps a buffer of this size for every TLS connection from its first byte on, 256 KB by itself: a thousand that
+# only began a handshake would be a quarter of a gigabyte.
+TLS_BUFFER_BYTES: Final = 64 << 10
+sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
 EARLY_BYTES_MAX: Final = 1 << 20
+
+_ssl_protocol: Any = sslproto.SSLProtocol
+_fatal_error = _ssl_protocol._fatal_error
+
+
+def _say_why(self: Any, error: BaseException, message: str = "Fatal error on transport") -> None:
+    """Send the alert that OpenSSL has made (RFC 8446, 6.2) before the connection goes: asyncio leaves it in its buffer.
+
+    Without, the other end only sees that it ended, and its operator not what is wrong with a certificate.
+    """
+    if isinstance(error, ssl.SSLError) and self._transport is not None:
+        self._transport.write(self._outgoing.read())
+    _fatal_error(self, error, message)
+
+
+_ssl_protocol._fatal_error = _say_why
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +59,7 @@ class TlsFiles:
     client_ca: Path | None = None
     client_cert: ClientCert = "none"
     crl: Path | None = None
+    key_password: Path | None = None
 
 
 class ServerTls:
@@ -68,19 +93,22 @@ class ServerTls:
 
     def _stamp(self) -> tuple[object, ...]:
         files = self._files
-        return file_stamp(files.cert, files.key, files.client_ca, files.crl)
+        return file_stamp(files.cert, files.key, files.client_ca, files.crl, files.key_password)
 
     def _read(self) -> ssl.SSLContext:
         files = self._files
-        return server_context(files.cert, files.key, files.client_ca, files.client_cert, files.crl)
+        return server_context(files.cert, files.key, files.client_ca, files.client_cert, files.crl, files.key_password)
 
 
 class Handshakes:
     """The connections that have not got to their protocol yet: how many there may be, and their end at a stop."""
 
-    def __init__(self, handshakes_max: int) -> None:
+    def __init__(self, handshakes_max: int, admission: Admission | None = None) -> None:
         self.handshakes_max = handshakes_max
         self._pending: set[asyncio.Transport] = set()
+        now = asyncio.get_running_loop().time()
+        self.admission = Admission(now) if admission is None else admission
+        self._reports = Reports()
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -88,11 +116,18 @@ class Handshakes:
     def begin(self, transport: asyncio.Transport, peer: str) -> bool:
         """Count one more; False, and the connection is gone, where that is one too many."""
         if len(self._pending) >= self.handshakes_max:
-            log.warning("connection refused: too many handshakes", extra={"peer": peer})
+            self.report("connection refused: too many handshakes", peer)
             transport.abort()
             return False
         self._pending.add(transport)
         return True
+
+    def report(self, text: str, peer: str, **fields: object) -> None:
+        """A warning about a peer, of equal ones only as many as a log can bear."""
+        left_out = self._reports.due(text, _source(peer)[0], asyncio.get_running_loop().time())
+        if left_out is not None:
+            more: dict[str, object] = {"left_out": left_out} if left_out else {}
+            log.warning(text, extra={"peer": peer} | fields | more)
 
     def end(self, transport: asyncio.Transport) -> None:
         self._pending.discard(transport)
@@ -100,6 +135,29 @@ class Handshakes:
     def stop(self) -> None:
         for transport in list(self._pending):
             transport.abort()
+
+
+class Door(asyncio.Protocol):
+    """What every accepted connection meets first: one too many in too little time goes before anything is kept of it.
+
+    `factory` makes the protocol of those that are let in.
+    """
+
+    def __init__(self, factory: Callable[[], asyncio.BaseProtocol], handshakes: Handshakes) -> None:
+        self._factory = factory
+        self._handshakes = handshakes
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        peer = peer_name(transport)
+        now = asyncio.get_running_loop().time()
+        if not self._handshakes.admission.admit(*_source(peer), now):
+            self._handshakes.report("connection refused: too many from there in too little time", peer)
+            transport.abort()
+            return
+        protocol = self._factory()
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
 
 
 class TlsGate(asyncio.Protocol):
@@ -149,8 +207,8 @@ class TlsGate(asyncio.Protocol):
                 ssl_shutdown_timeout=CLOSE_S,
             )
         except OSError as error:  # ssl.SSLError is one
-            where = {"peer": peer, "address": str(self._listen), "error": _handshake_fault(error)}
-            log.warning("tls handshake failed", extra=where)
+            where = {"address": str(self._listen), "error": _handshake_fault(error)}
+            self._handshakes.report("tls handshake failed", peer, **where)
             raw.abort()
             return
         finally:
@@ -194,26 +252,53 @@ def peer_name(transport: asyncio.BaseTransport) -> str:
     return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
 
 
+def _source(peer: str) -> tuple[str, bool]:
+    """Whom connections are counted for, and whether that is this machine."""
+    host = peer.rpartition(":")[0].partition("%")[0]
+    if not host:
+        return peer, True
+    address = ipaddress.ip_address(host)
+    mapped = getattr(address, "ipv4_mapped", None)
+    address = mapped or address
+    if address.is_loopback:
+        return "loopback", True
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((int(address) >> 64 << 64, 64))), False
+    return str(address), False
+
+
 async def open_server(
     factory: Callable[[], asyncio.BaseProtocol],
     listen: Listen,
     handshakes: Handshakes,
     tls: ServerTls | None = None,
+    passed: socket.socket | None = None,
 ) -> asyncio.Server:
-    """Listen, and give every connection a protocol of `factory`, after TLS if `listen` asks for it. Raises OSError."""
+    """Listen, and give every connection a protocol of `factory`, after TLS if `listen` asks for it. Raises OSError.
+
+    `passed`: the socket that listens there already.
+    """
     loop = asyncio.get_running_loop()
+
+    def door() -> asyncio.BaseProtocol:
+        return Door(factory, handshakes)
+
     if listen.path:
+        if passed is not None:
+            return await loop.create_unix_server(door, sock=passed)
         _clear_socket(listen.path)
-        return await loop.create_unix_server(factory, listen.path)
+        return await loop.create_unix_server(door, listen.path)
     if listen.tls:
         assert tls is not None
-        context = tls
+        context, inner = tls, factory
 
         def gate() -> asyncio.BaseProtocol:
-            return TlsGate(factory, context, listen, handshakes)
+            return TlsGate(inner, context, listen, handshakes)
 
-        return await loop.create_server(gate, listen.host, listen.port, backlog=BACKLOG)
-    return await loop.create_server(factory, listen.host, listen.port, backlog=BACKLOG)
+        factory = gate
+    if passed is not None:
+        return await loop.create_server(door, sock=passed, backlog=BACKLOG)
+    return await loop.create_server(door, listen.host, listen.port, backlog=BACKLOG)
 
 
 def _clear_socket(path: str) -> None:

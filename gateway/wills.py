@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gateway.mqtt.codec import PublishProperties, Will, decode_publish_properties, encode_properties
+from gateway.mqtt.codec import decode_publish_properties, encode_properties
+from gateway.mqtt.packets import PublishProperties, Will
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
+from storeforward.sealed_tables import open_will, seal_will
 
 # Who lost its connection because we went down has so long to come back before its will is published.
 RESTART_GRACE_S = 3
@@ -41,6 +43,12 @@ class Wills:
         for client_id, topic, payload, qos, retain, section, delay_s, due in journal.query(
             "SELECT client_id, topic, payload, qos, retain, properties, delay_s, due_age_us FROM mqtt_will"
         ):
+            try:
+                topic, payload, section = open_will(journal.seal, client_id, topic, payload, section)
+            except ValueError:
+                journal.lose("-", 0, "corrupt", len(payload), f"will of {client_id}")
+                journal.execute("DELETE FROM mqtt_will WHERE client_id = ?", (client_id,))
+                continue
             properties = None if section is None else decode_publish_properties(bytes(section))
             # Whoever was connected when we went down has lost its connection: the delay runs from now. A server that
             # was down may publish late (MQTT 5.0 §3.1.2.5).
@@ -74,10 +82,11 @@ class Wills:
             delay_s,
             None,
         )
+        topic, payload, section = seal_will(self._journal.seal, client_id, will.topic, will.payload, section)
         self._journal.execute(
             "INSERT OR REPLACE INTO mqtt_will "
             "(client_id, topic, payload, qos, retain, properties, delay_s) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (client_id, will.topic, will.payload, will.qos, will.retain, section, delay_s),
+            (client_id, topic, payload, will.qos, will.retain, section, delay_s),
         )
 
     def forget(self, client_id: str) -> Testament | None:

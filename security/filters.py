@@ -28,6 +28,8 @@ def covers(outer: str, inner: str) -> bool:
         return False
     if inner in _EVERYTHING:  # neither takes `$` topics; and `+/#` takes single levels, too
         return outer in _EVERYTHING
+    if inner == "/#":  # its parent level would be the empty topic, which there is not
+        inner = "/+/#"
     of_outer, of_inner = outer.split("/"), inner.split("/")
     for depth, level in enumerate(of_outer):
         if level == "#":

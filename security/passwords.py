@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,6 +246,8 @@ def _directory_locked(directory: Path) -> Iterator[int]:
 
 
 def _replace(path: Path, data: bytes, before: os.stat_result | None) -> None:
+    import tempfile  # with shutil and three compressors; a daemon only reads
+
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -4,7 +4,7 @@
     crl.pem               what it has revoked
     truststore.p12        the authority again, for Java, once `export` was asked for
     index.json            every certificate it ever signed: the record that revocation works from
-    issued/NAME.*         .pem, .key, .p12
+    issued/NAME.*         .pem, .key, .p12, .ocsp
 
 Keys have mode 0600, directories 0700. One process at a time: whoever opens the directory holds its lock. What is
 signed stands in the index before its file is written, so that there is no certificate that can't be revoked. Decides
@@ -213,6 +213,16 @@ class Store:
         revoked = [pki.Revoked(e.serial, e.revoked, e.reason) for e in self.entries if e.revoked is not None]
         crl = pki.revocation_list(authority, revoked, self._crl_number, validity)
         write(self.directory / "crl.pem", pki.revocation_list_to_pem(crl), 0o644)
+
+    def staple(self, name: str, authority: Authority, validity: Validity) -> tuple[Path, Entry]:
+        """Write the OCSP response about the name's last certificate, as the index has it. Raises PkiError, OSError."""
+        entry, cert, path = self.latest(name), self.path(name, "pem"), self.path(name, "ocsp")
+        certificate = read_certificate(cert)
+        if certificate.serial_number != entry.serial:
+            raise PkiError(f"{cert} is not the last certificate of {name} (serial {entry.serial:x})")
+        revoked = None if entry.revoked is None else pki.Revoked(entry.serial, entry.revoked, entry.reason)
+        write(path, pki.ocsp_response(authority, certificate, revoked, validity), 0o644)
+        return path, entry
 
     def export(self, name: str, password: bytes) -> tuple[Path, Path]:
         """Write the keystore of a name and the truststore. Raises PkiError, OSError."""

@@ -7,13 +7,12 @@ of what an identity may do.
 
 from __future__ import annotations
 
-import os
 import ssl
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from security import tls_faults
-from security.tls_faults import FILE_BYTES_MAX, StrPath, TLSFileError, read
+from security.tls_faults import FILE_BYTES_MAX, Stamp, StrPath, TLSFileError, file_stamp, read
 
 __all__ = [
     "FILE_BYTES_MAX",
@@ -31,7 +30,6 @@ _CERTIFICATE_MARK: Final = b"-----BEGIN CERTIFICATE-----"
 _CRL_MARK: Final = b"-----BEGIN X509 CRL-----"
 
 ClientCert: TypeAlias = Literal["none", "optional", "required"]
-Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
 
 _VERIFY_MODE: Final = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
 
@@ -41,11 +39,13 @@ def client_context(
     cert: StrPath | None = None,
     key: StrPath | None = None,
     crl: StrPath | None = None,
+    key_password: StrPath | None = None,
 ) -> ssl.SSLContext:
     """The context of a side that dials.
 
     `ca`: PEM file of the authorities to trust, None for the system's. `cert` and `key`: PEM files of our own
-    chain, leaf first, and its unencrypted key; None to show no certificate, `key` None if it is in `cert`.
+    chain, leaf first, and its key; None to show no certificate, `key` None if it is in `cert`. `key_password`: file
+    with the password of an encrypted key.
     `crl`: PEM file of revocation lists; with it, a peer is refused that is in one of them, and so is one whose issuer
     has no list there that is in its time. Raises TLSFileError.
     """
@@ -58,7 +58,7 @@ def client_context(
     if crl is not None:
         _heed(context, Path(crl))
     if cert is not None:
-        _present(context, Path(cert), Path(cert if key is None else key))
+        _present(context, Path(cert), Path(cert if key is None else key), key_password)
     elif key is not None:
         raise TLSFileError(Path(key), "a key without a certificate")
     return context
@@ -70,6 +70,7 @@ def server_context(
     client_ca: StrPath | None = None,
     client_cert: ClientCert = "required",
     crl: StrPath | None = None,
+    key_password: StrPath | None = None,
 ) -> ssl.SSLContext:
     """The context of a side that listens.
 
@@ -80,28 +81,13 @@ def server_context(
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _harden(context)
-    _present(context, Path(cert), Path(cert if key is None else key))
+    _present(context, Path(cert), Path(cert if key is None else key), key_password)
     if client_ca is not None:
         _trust(context, Path(client_ca))
         context.verify_mode = _VERIFY_MODE[client_cert]
         if crl is not None:
             _heed(context, Path(crl))
     return context
-
-
-def file_stamp(*paths: StrPath | None) -> Stamp:
-    """What tells one state of these files from another: for each its inode, size and mtime, None if there is none."""
-    return tuple(_stamp(path) for path in paths)
-
-
-def _stamp(path: StrPath | None) -> tuple[int, int, int] | None:
-    if path is None:
-        return None
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _harden(context: ssl.SSLContext) -> None:
@@ -138,20 +124,17 @@ def _heed(context: ssl.SSLContext, path: Path) -> None:
     context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 
 
-def _present(context: ssl.SSLContext, cert: Path, key: Path) -> None:
+def _present(context: ssl.SSLContext, cert: Path, key: Path, key_password: StrPath | None) -> None:
     read(cert)
     read(key)
+    # Without any, OpenSSL would ask the terminal.
+    password = b"" if key_password is None else tls_faults.password(Path(key_password))
     try:
-        context.load_cert_chain(cert, key, password=_no_password)
-    except (OSError, ssl.SSLError) as error:
-        tls_faults.check_pair(cert, key)
+        context.load_cert_chain(cert, key, password=password)
+    except (OSError, ssl.SSLError, ValueError) as error:
+        tls_faults.check_pair(cert, key, None if key_password is None else Path(key_password))
         raise TLSFileError(cert, f"OpenSSL does not take it: {_why(error)}") from error
 
 
-def _no_password() -> str:
-    """Without this, OpenSSL would ask the terminal."""
-    return ""
-
-
-def _why(error: OSError) -> str:
-    return getattr(error, "reason", None) or error.strerror or str(error)
+def _why(error: OSError | ValueError) -> str:
+    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)

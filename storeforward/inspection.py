@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import sqlite3
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import sqlite_utils
 
 from storeforward.errors import JournalCorrupt, JournalError, JournalNewer
 from storeforward.schema import SEQ_BITS, SEQ_MASK, VERSION
+from storeforward.sealing import HIDDEN, Seal, about_dead, about_row, intact, key_id
 
 LIMIT_MAX = 1_000_000
 EXPORT_CHUNK_ROWS = 256
@@ -143,13 +143,16 @@ class SessionSummary:
 class Inspection:
     """A journal opened for reading. A context manager; use from one thread.
 
-    Raises JournalError (JournalNewer, JournalCorrupt) with one line that says what to do.
+    `seal`: opens what is encrypted; what it
+    can't open is told without topic and bytes. Raises JournalError (JournalNewer, JournalCorrupt) with one line that
+    says what to do.
     """
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, seal: Seal | None = None) -> None:
+        self._seal = seal
         self.path = state_dir / "journal.db"
         with self._explained():
-            self._connection = _open(self.path)
+            self._connection = open_journal(self.path)
             self._db = sqlite_utils.Database(self._connection)
 
     def __enter__(self) -> Self:
@@ -174,7 +177,7 @@ class Inspection:
         rows = self._query(
             f"""
             SELECT s.name, s.direction, s.rows, s.bytes, s.next_seq, count(c.id) AS cursors,
-                   s.next_seq - coalesce(min(c.position), s.next_seq - s.rows) AS waiting,
+                   min(s.rows, s.next_seq - coalesce(min(c.position), s.next_seq - s.rows)) AS waiting,
                    (SELECT m.time_us FROM message m
                     WHERE m.id BETWEEN s.id << {SEQ_BITS} AND (s.id << {SEQ_BITS}) | {SEQ_MASK}
                     ORDER BY m.id LIMIT 1) AS oldest_us
@@ -189,15 +192,19 @@ class Inspection:
         if from_seq is None:
             from_seq = self._first_waiting(base)
         rows = self._query(
-            "SELECT id & :mask AS seq, time_us, expires_age_us, topic, length(body) AS size FROM message "
+            "SELECT id, time_us, expires_age_us, topic, length(body) AS size, "
+            "CASE typeof(topic) WHEN 'blob' THEN body END AS body FROM message "
             "WHERE id BETWEEN :low AND :high ORDER BY id LIMIT :limit",
             {
-                "mask": SEQ_MASK,
                 "low": base | min(max(from_seq, 0), SEQ_MASK),
                 "high": base | SEQ_MASK,
                 "limit": _limit(limit),
             },
         )
+        for row in rows:
+            id_ = row.pop("id")
+            row["seq"] = id_ & SEQ_MASK
+            row["topic"] = self._opened(about_row(id_), row["topic"], row.pop("body"))[0]
         return [MessageSummary(stream=stream, **row) for row in rows]
 
     def show(self, stream: str, seq: int) -> StoredMessage:
@@ -210,7 +217,9 @@ class Inspection:
             )
         if not rows:
             raise JournalError(f"stream {stream} holds no message {seq}")
-        return StoredMessage(stream=stream, seq=seq, **_checked(rows[0]))
+        return StoredMessage(
+            stream=stream, seq=seq, **self._checked(rows[0], base | seq, about_row(base | seq), f"message {seq}")
+        )
 
     def export(
         self, stream: str, describe: Callable[[bytes], Mapping[str, Any]] | None = None
@@ -237,8 +246,9 @@ class Inspection:
                 return
             after = rows[-1]["id"]
             for row in rows:
-                seq = row.pop("id") & SEQ_MASK
-                row = _checked(row)
+                id_ = row.pop("id")
+                seq = id_ & SEQ_MASK
+                row = self._checked(row, id_, about_row(id_), f"message {seq}")
                 body = row.pop("body")
                 out = {"stream": stream, "seq": seq, **row, "size": len(body)}
                 if describe is not None:
@@ -249,10 +259,14 @@ class Inspection:
     def dead(self, limit: int = 100, stream: str | None = None) -> list[DeadSummary]:
         """Up to `limit` dead letters, the newest first."""
         rows = self._query(
-            "SELECT id, time_us, stream, seq, condition, description, topic, length(body) AS size FROM dead "
+            "SELECT id, time_us, stream, seq, condition, description, topic, length(body) AS size, "
+            "CASE typeof(topic) WHEN 'blob' THEN body END AS body FROM dead "
             "WHERE :stream IS NULL OR stream = :stream ORDER BY id DESC LIMIT :limit",
             {"stream": stream, "limit": _limit(limit)},
         )
+        for row in rows:
+            about = about_dead(row["stream"], row["seq"])
+            row["topic"] = self._opened(about, row["topic"], row.pop("body"))[0]
         return [DeadSummary(**row) for row in rows]
 
     def dead_show(self, id: int) -> DeadMessage:
@@ -265,7 +279,9 @@ class Inspection:
             )
         if not rows:
             raise JournalError(f"there is no dead letter {id}")
-        return DeadMessage(**_checked(rows[0]))
+        row = rows[0]
+        about = about_dead(row["stream"], row["seq"])
+        return DeadMessage(**self._checked(row, row["seq"], about, f"dead letter {id}"))
 
     def dead_ids(self, stream: str | None = None) -> list[int]:
         """The id of every dead letter, the oldest first: the order in which to send them again."""
@@ -330,6 +346,35 @@ class Inspection:
         rows = self._query("SELECT min(position) AS seq FROM cursor WHERE stream = ?", [base >> SEQ_BITS])
         return int(rows[0]["seq"] or 0)
 
+    def _opened(self, about: bytes, topic: str | bytes, body: bytes | None) -> tuple[str, bytes | None]:
+        """What is encrypted in plain text; None for bytes that do not open."""
+        if isinstance(topic, str):
+            return topic, body
+        try:
+            return (HIDDEN, None) if self._seal is None else self._seal.open_row(about, topic, body or b"")
+        except (LookupError, ValueError):
+            return HIDDEN, None
+
+    def _checked(self, row: dict[str, Any], id_: int, about: bytes, what: str) -> dict[str, Any]:
+        """Replace the stored checksum by whether it is right. Raises JournalError for what does not open."""
+        expires = row.get("expires_age_us")
+        whole = row["intact"] = intact(id_, row["topic"], row.pop("crc"), row["body"], expires)
+        if isinstance(row["topic"], bytes) and whole:
+            key = key_id(row["topic"])
+            row["topic"], body = self._opened(about, row["topic"], row["body"])
+            if body is None:
+                if self._seal is not None and key in self._seal.ids:
+                    row["intact"] = False  # its key is here, and it does not open: somebody changed it
+                    return row
+                raise JournalError(
+                    f"{what} is encrypted under key {key}, {len(row['body'])} bytes; name the configuration whose "
+                    "encryption_keys has it with --config, as a user that may read it"
+                )
+            row["body"] = body
+        elif isinstance(row["topic"], bytes):
+            row["topic"] = HIDDEN
+        return row
+
     def _query(self, sql: str, parameters: Any = None) -> list[dict[str, Any]]:
         """All rows at once: the read transaction ends with them."""
         with self._explained():
@@ -337,25 +382,28 @@ class Inspection:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        try:
+        with explained(self.path):
             yield
-        except sqlite3.Error as error:
-            raise _explain(self.path, error) from error
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """SQLite's errors about this file become a JournalError of one line for the operator."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _explain(path, error) from error
 
 
 def _limit(limit: int) -> int:
     return min(max(limit, 0), LIMIT_MAX)
 
 
-def _checked(row: dict[str, Any]) -> dict[str, Any]:
-    """Replace the stored checksum by whether it is right."""
-    crc = row.pop("crc")
-    row["intact"] = zlib.crc32(row["body"]) == crc
-    return row
+def open_journal(path: Path, *, older: bool = False) -> sqlite3.Connection:
+    """Open for reading, whatever state the daemon left the file in; check that it is a journal we know.
 
-
-def _open(path: Path) -> sqlite3.Connection:
-    """Open for reading, whatever state the daemon left the file in; check that it is a journal we know."""
+    `older`: one that an older version wrote will do. Raises JournalError, sqlite3.Error.
+    """
     try:
         found = path.is_file()
     except PermissionError:
@@ -363,28 +411,29 @@ def _open(path: Path) -> sqlite3.Connection:
     if not found:
         raise JournalError(f"{path}: there is no journal; has the daemon run with this state directory?")
     try:
-        return _connect(path, "mode=ro")
+        return connect(path, "mode=ro", older=older)
     except sqlite3.OperationalError as error:
-        if not _needs_writing(error) or _wal_bytes(path):
+        if not _needs_writing(error) or _may_have_wal(path):
             raise
     # A stopped daemon leaves no WAL, and where we may not create one the file is complete without it.
-    return _connect(path, "mode=ro&immutable=1")
+    return connect(path, "mode=ro&immutable=1", older=older)
 
 
-def _connect(path: Path, how: str) -> sqlite3.Connection:
+def connect(path: Path, how: str, *, older: bool = False) -> sqlite3.Connection:
+    """Open with these parameters of SQLite's file URI, for reading only; else like `open_journal`."""
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?{how}", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None
     )
     try:
         connection.execute("PRAGMA query_only = ON")
-        _check_version(path, connection)
+        _check_version(path, connection, older)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def _check_version(path: Path, connection: sqlite3.Connection) -> None:
+def _check_version(path: Path, connection: sqlite3.Connection, older: bool) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master WHERE name IN ('message', 'stream')").fetchone()
     if version > VERSION:
@@ -393,7 +442,7 @@ def _check_version(path: Path, connection: sqlite3.Connection) -> None:
         )
     if version == 0 or tables != 2:
         raise JournalError(f"{path}: not a journal of lineside")
-    if version < VERSION:
+    if version < VERSION and not older:
         raise JournalError(
             f"{path}: written by an older lineside (schema {version}, this one reads {VERSION}); "
             "start the daemon once, it converts the file"
@@ -405,11 +454,13 @@ def _needs_writing(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 
 
-def _wal_bytes(path: Path) -> int:
+def _may_have_wal(path: Path) -> bool:
     try:
-        return Path(f"{path}-wal").stat().st_size
+        return Path(f"{path}-wal").stat().st_size > 0
     except FileNotFoundError:
-        return 0
+        return False
+    except PermissionError:  # a directory that is not ours to look into
+        return True
 
 
 def _explain(path: Path, error: sqlite3.Error) -> JournalError:

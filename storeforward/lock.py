@@ -29,12 +29,13 @@ class StateLock:
             raise JournalLocked(
                 f"{state_dir}: in use by another lineside (pid {pid}); stop it, or give this one its own state_dir"
             ) from None
-        os.ftruncate(self._fd, 0)
         try:
+            os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # on a full disk the lock holds without its number
-                raise
+                self.release()
+                raise JournalError(f"{path}: {error.strerror}; check the disk, then start again") from error
 
     def release(self) -> None:
         if self._fd >= 0:

@@ -6,15 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from storeforward.journal import Journal
+from storeforward.sealing import Seal, about_dead, intact
 
 
 def requeue(journal: Journal, ids: list[int]) -> int:
     """Append these dead letters to their streams again, as new messages at the end; return how many there were."""
     done = 0
     for id_ in ids:
-        for stream_name, topic, body in journal.query("SELECT stream, topic, body FROM dead WHERE id = ?", (id_,)):
+        for stream_name, seq, topic, crc, body in journal.query(
+            "SELECT stream, seq, topic, crc, body FROM dead WHERE id = ?", (id_,)
+        ):
             stream = journal.streams.get(stream_name)
             if stream is not None:
+                if not intact(seq, topic, crc, body):
+                    continue  # damaged: it stays where people can see it
+                try:
+                    topic, body = journal.opened(about_dead(stream_name, seq), topic, body)
+                except ValueError:
+                    continue
                 done += journal.revive(id_, stream, topic, body)
     return done
 
@@ -28,18 +37,18 @@ def drop(journal: Journal, ids: list[int]) -> int:
     return done
 
 
-def requeue_dead(state_dir: Path, ids: list[int]) -> int:
+def requeue_dead(state_dir: Path, ids: list[int], seal: Seal | None = None) -> int:
     """`requeue` on the journal of a stopped daemon."""
-    return _offline(state_dir, ids, requeue)
+    return _offline(state_dir, ids, requeue, seal)
 
 
-def drop_dead(state_dir: Path, ids: list[int]) -> int:
+def drop_dead(state_dir: Path, ids: list[int], seal: Seal | None = None) -> int:
     """`drop` on the journal of a stopped daemon."""
-    return _offline(state_dir, ids, drop)
+    return _offline(state_dir, ids, drop, seal)
 
 
-def _offline(state_dir: Path, ids: list[int], action: Callable[[Journal, list[int]], int]) -> int:
-    journal = Journal.open(state_dir)
+def _offline(state_dir: Path, ids: list[int], action: Callable[[Journal, list[int]], int], seal: Seal | None) -> int:
+    journal = Journal.open(state_dir, seal=seal)
     try:
         return action(journal, ids)
     finally:

@@ -8,7 +8,6 @@ reserve are shares of it and stand here. Knows no SQL.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from pathlib import Path
 
@@ -41,6 +40,8 @@ class Space:
         self.delete_bytes = reserve // 4
         self.delete_bytes_full = reserve // 8
         self.statement_bytes_full = reserve // 8
+        # Of what is free when other streams are refused, so much is left to those of class "urgent".
+        self.urgent_bytes = reserve // 2
         # A page that moves costs itself and the page that points to it.
         self.vacuum_pages = max(4, reserve // 8 // PAGE_SIZE_BYTES)
         self.ledger_rows = min(LEDGER_ROWS_MAX, total // LEDGER_SHARE // LEDGER_ROW_BYTES)
@@ -69,15 +70,14 @@ class Space:
         self.laid_by = False
         try:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+        except OSError:  # full, read-only, or failing: what is wrong shows when something has to be written
             return False
         try:
             os.posix_fallocate(fd, 0, self.reserve_bytes)
             self.laid_by = True
         except OSError:
-            os.ftruncate(fd, 0)
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
         finally:
             os.close(fd)
         return self.laid_by
@@ -91,7 +91,7 @@ class Space:
 def spend(state_dir: Path) -> bool:
     """As `Space.spend`, for whoever has no journal open yet."""
     path = state_dir / "reserve"
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # none there, or a file system that takes nothing at all
         if path.stat().st_size:
             os.truncate(path, 0)
             return True

@@ -6,9 +6,12 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from storeforward.schema import SEQ_BITS
+
+if TYPE_CHECKING:
+    from storeforward.unwritten import Unwritten
 
 COLUMNS = 6  # of a message row
 SENDER_BYTES = 6  # of an identity: who sent it
@@ -55,17 +58,29 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """`seen_max`: identities of received messages that are remembered of each sender."""
+    """`seen_max`: identities of received messages that are remembered of each sender.
+
+    `urgent`: messages are taken from the last of the disk's room, which other streams leave to these.
+
+    `linger_s`: how long a message may wait for the hub's answer before it is written; None: all are written first.
+    """
 
     bytes_max: int = 64 << 20
     messages_max: int = 10_000_000
     when_full: WhenFull = WhenFull.REFUSE
     seen_max: int = 10_000
+    linger_s: float | None = None
+    urgent: bool = False
 
 
 @dataclass(eq=False, slots=True)
 class Stream:
-    """A log. `committed` is one past the last seq that is on disk; `next_seq` also counts what is staged."""
+    """A log. `committed` is one past the last seq that may be read; `next_seq` also counts what is staged.
+
+    `reserved`: the file says that seqs before this one are taken, though they may not be yet; `reserving`: it will.
+    `old_end`: rows before this seq were there when the journal was opened. `written`: one past the last row in the
+    file.
+    """
 
     id: int
     name: str
@@ -82,6 +97,11 @@ class Stream:
     tail: deque[Chunk] = field(default_factory=deque)
     tail_bytes: int = 0
     tail_rows: int = 0
+    unwritten: Unwritten | None = None
+    reserved: int = 0
+    reserving: int = 0
+    old_end: int = 0
+    written: int = 0
 
     @property
     def base(self) -> int:
@@ -98,7 +118,11 @@ class Stream:
     @property
     def waiting(self) -> int:
         """How many messages somebody still needs; rows that all are done with may be there a little longer."""
-        return max(0, self.rows - (self.low() - self.first_seq))
+        unwritten = self.unwritten
+        if unwritten is None or not unwritten.rows:
+            return max(0, self.rows - (self.low() - self.first_seq))
+        written = self.rows - unwritten.rows
+        return unwritten.rows + max(0, written - max(0, min(self.low(), unwritten.start) - self.first_seq))
 
     def remember_sender(self, identity: bytes) -> None:
         """File an identity under who sent it, the newest last; of the senders, too, the latest is the last."""

@@ -14,6 +14,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gateway.simulate import cutmount
+from gateway.simulate.cutmount import CutMount
 from tests import parts
 from tests.pki import Pki
 
@@ -26,6 +28,21 @@ def require(name: str) -> None:
     if os.environ.get("CI", "").lower() in ("true", "1"):
         pytest.fail(f"{reason} (and CI is set)")
     pytest.skip(reason)
+
+
+def require_fuse() -> None:
+    """As `require`, for disks that lose power; where the machine itself forbids them, they skip under CI, too."""
+    require("fuse")
+    reason = cutmount.missing()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def cut_disk(tmp_path: Path) -> Iterator[CutMount]:
+    require_fuse()
+    with CutMount(tmp_path / "cut") as mounted:
+        yield mounted
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,21 +32,21 @@ class Certificate:
 class Pki:
     """One authority in one directory; `server` is for localhost and 127.0.0.1, `client` for the gateway."""
 
-    def __init__(self, directory: Path, name: str = "Lineside test CA") -> None:
+    def __init__(self, directory: Path, name: str = "Lineside test CA", begins: datetime.timedelta = -DAY) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self._key = ec.generate_private_key(ec.SECP256R1())
+        self.authority_key = ec.generate_private_key(ec.SECP256R1())
         self._subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         usage = _usage(sign_certificates=True)
-        self._certificate = (
-            _builder(self._subject, self._subject, self._key.public_key(), -DAY, 365 * DAY)
+        self.authority = (
+            _builder(self._subject, self._subject, self.authority_key.public_key(), begins, 365 * DAY)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(usage, critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
-            .sign(self._key, hashes.SHA256())
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.authority_key.public_key()), critical=False)
+            .sign(self.authority_key, hashes.SHA256())
         )
         self.ca = directory / "ca.pem"
-        self.ca.write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
+        self.ca.write_bytes(self.authority.public_bytes(serialization.Encoding.PEM))
         self.server = self.issue("localhost", server=True)
         self.client = self.issue("loco-4711")
 
@@ -55,24 +56,33 @@ class Pki:
         *,
         server: bool = False,
         begins: datetime.timedelta = -DAY,
-        ends: datetime.timedelta = 30 * DAY,
+        ends: datetime.timedelta = 60 * DAY,
+        purposes: Sequence[x509.ObjectIdentifier] | None = None,
+        more: Sequence[x509.ExtensionType] = (),
     ) -> Certificate:
-        """Issue for common name `name`, valid between now+begins and now+ends."""
+        """Issue for common name `name`, valid between now+begins and now+ends.
+
+        `purposes`: extended key usages other than a server's or a client's; `more`: extensions beside the usual.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
         names: list[x509.GeneralName] = [x509.DNSName(name)]
         if server:
             names.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
-        certificate = (
+        builder = (
             _builder(subject, self._subject, key.public_key(), begins, ends)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(sign_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(purposes or [purpose]), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
-            .sign(self._key, hashes.SHA256())
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.authority_key.public_key()), critical=False
+            )
         )
+        for extension in more:
+            builder = builder.add_extension(extension, critical=False)
+        certificate = builder.sign(self.authority_key, hashes.SHA256())
         cert_pem = certificate.public_bytes(serialization.Encoding.PEM)
         key_pem = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -94,7 +104,7 @@ class Pki:
                 name.encode(),
                 key,
                 certificate,
-                [self._certificate],
+                [self.authority],
                 serialization.BestAvailableEncryption(PASSWORD.encode()),
             )
         )

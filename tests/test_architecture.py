@@ -10,12 +10,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"asyncio", "socket", "socketserver", "selectors", "ssl"}
 PURE = [
+    "storeforward/batch.py",
+    "storeforward/opening.py",
+    "storeforward/reading.py",
     "gateway/bridge_flow.py",
     "gateway/mqtt/codec.py",
     "gateway/mqtt/connection.py",
+    "gateway/mqtt/events.py",
+    "gateway/mqtt/packets.py",
     "gateway/mqtt/topics.py",
     "gateway/mqtt/websocket.py",
     "gateway/amqp/engine.py",
+    "gateway/amqp/events.py",
+    "gateway/amqp/termini.py",
     "gateway/amqp/raw.py",
     "gateway/amqp/sasl.py",
     "gateway/amqp/message.py",
@@ -30,6 +37,7 @@ PURE = [
     "security/rules.py",
     "security/filters.py",
     "security/attempts.py",
+    "security/admission.py",
 ]
 
 
@@ -85,6 +93,7 @@ def test_a_protocol_core_imports_no_driver(name: str) -> None:
         "gateway.amqp.listener",
         "gateway.bridge",
         "gateway.mqtt.listener",
+        "gateway.uplink.attempt",
         "gateway.uplink.hub",
     }
     assert not imports(ROOT / name) & drivers
@@ -100,3 +109,13 @@ def test_nobody_below_the_commands_imports_the_commands() -> None:
 def test_listeners_and_uplink_do_not_import_the_app() -> None:
     for path in sources("gateway/mqtt", "gateway/amqp", "gateway/uplink"):
         assert not [name for name in imports(path) if name in ("gateway.app", "gateway.demo")], path
+
+
+def test_only_those_who_read_a_configuration_import_what_checks_it() -> None:
+    """The daemon has it read by `config_reading`, in another process: pydantic is a quarter of what it would hold."""
+    checking = {f"gateway.config_{name}" for name in ("schema", "fields", "report", "checks")}
+    checking |= {"gateway.config.load", "gateway.config.loads", "pydantic", "pydantic_core"}
+    readers = {str(path.relative_to(ROOT)) for path in sources("gateway") if imports(path) & checking}
+    own = {f"gateway/config{name}.py" for name in ("", "_schema", "_fields", "_report", "_checks", "_child")}
+    commands = {f"gateway/cli/{name}.py" for name in ("check", "client", "output")}
+    assert readers == own | commands | {"gateway/simulate/scenario.py"}

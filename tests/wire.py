@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from gateway.amqp.engine import Deliveries, Engine, Event, LinkAttached, Receiver, Sender, Terminus
+from gateway.amqp.engine import Engine, Receiver, Sender
+from gateway.amqp.events import Deliveries, Event, LinkAttached
+from gateway.amqp.termini import Terminus
 
 NOW = 100.0
 E = TypeVar("E")

@@ -86,7 +86,7 @@ class Directory:
         self.subscriptions: dict[str, Subscription] = {}
         self._queues: dict[str, _Queue] = {}
         self._replies: dict[str, tuple[Hashable, Source]] = {}
-        self._volatile: set[Source] = set()
+        self._volatile: dict[Source, None] = {}
         self._tree: FilterTree[Source] = FilterTree()
         self._audiences: dict[str, list[Source]] = {}
         self._number = 0
@@ -229,13 +229,13 @@ class Directory:
                 mine = source.groups[stream]
                 mine.cursor.position = mine.cursor.durable = group.cursor.position
                 source.groups[stream] = Group(self.journal, stream, mine.cursor, _wants(filter_), announced=True)
-        self._volatile.add(source)
+        self._volatile[source] = None
         self._changed()
         return source
 
     def forget(self, source: Source) -> None:
         """A volatile receiver is gone."""
-        self._volatile.discard(source)
+        self._volatile.pop(source, None)
         self._drop(source)
 
     # ------------------------------------------------------------------ queues
@@ -290,7 +290,7 @@ class Directory:
         topic = REPLY_PREFIX + token
         source = Source(topic, f"reply:{token}", Kind.QUEUE, False, False)
         self._feed(source)
-        self._volatile.add(source)
+        self._volatile[source] = None
         self._replies[topic] = owner, source
         self._changed()
         return source

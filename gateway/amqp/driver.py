@@ -13,7 +13,8 @@ import socket
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from gateway.amqp.engine import Engine, Event
+from gateway.amqp.engine import Engine
+from gateway.amqp.events import Event
 from gateway.amqp.sasl import Outcome as Refusal
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,11 @@ class AmqpProtocol(asyncio.Protocol):
         self._close_timer: asyncio.TimerHandle | None = None
         self._flush_scheduled = False
         self._over = False
+        self._ending = False
         self.write_paused = False
+        self.handed_bytes = 0  # of what the owner handed to the engine, how much it has not given out (see hand)
+        self.written_bytes = 0  # to the transport, and
+        self.writes = 0  # in how many writes
         self.heard = False  # whether the peer ever said anything
         self.on_resumed: Callable[[], None] = lambda: None  # the transport takes more again
         self.engine: Engine
@@ -147,6 +152,11 @@ class AmqpProtocol(asyncio.Protocol):
             self._transport.resume_reading()
 
     @property
+    def waiting_bytes(self) -> int:
+        """What was handed to the engine and the kernel has not taken yet, as far as that is known here."""
+        return self.handed_bytes + (0 if self._transport is None else self._transport.get_write_buffer_size())
+
+    @property
     def socket(self) -> Any:
         """The socket beneath, for what the kernel knows of the line; None when there is none."""
         return None if self._transport is None else self._transport.get_extra_info("socket")
@@ -174,12 +184,29 @@ class AmqpProtocol(asyncio.Protocol):
         while not self.write_paused:
             data = engine.data_to_send()
             if not data:
+                self.handed_bytes = 0
                 break
+            self.handed_bytes = max(0, self.handed_bytes - len(data))
+            self.written_bytes += len(data)
+            self.writes += 1
             transport.write(data)
         self._deliver(engine.take_events())
         if engine.finished:
-            transport.close()
+            self._end(transport)
         elif engine.closing:
+            self._expect_end()
+
+    def _end(self, transport: asyncio.Transport) -> None:
+        """All is said. A peer that still sends must get to hear it: closed on unread bytes, TCP resets, and what it has
+        not read yet is lost to it. So bytes are thrown away until its end (AMQP 1.0 §2.4.6, DISCARDING), for a while.
+        """
+        if not self.engine.server or not self.engine.failed:
+            transport.close()
+        elif not self._ending:
+            self._ending = True
+            if transport.can_write_eof():
+                transport.write_eof()
+            self.resume_reading()
             self._expect_end()
 
     def _expect_end(self) -> None:

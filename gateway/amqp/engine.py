@@ -13,17 +13,40 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from functools import partial
-from itertools import islice
 from typing import Any, Final
 
 import proton
 
 from gateway.amqp import raw
+from gateway.amqp.events import (
+    DECODE_ERROR,
+    FRAMING_ERROR,
+    MESSAGE_SIZE_EXCEEDED,
+    NOT_ALLOWED,
+    NOT_IMPLEMENTED,
+    RESOURCE_LIMIT_EXCEEDED,
+    TRANSFER_LIMIT_EXCEEDED,
+    UNAUTHORIZED,
+    Authenticated,
+    Credit,
+    Deliveries,
+    Event,
+    Failed,
+    LinkAttached,
+    LinkClosed,
+    Opened,
+    Outcome,
+    OutcomeKind,
+    RemoteClosed,
+    Role,
+    SessionClosed,
+    Settled,
+    SettleMode,
+)
 from gateway.amqp.sasl import AMQP_HEADER, HEADER_BYTES, SaslClient, SaslServer
 from gateway.amqp.sasl import Outcome as Refusal
+from gateway.amqp.termini import Terminus, set_terminus, terminus
 
 MESSAGE_BYTES_MAX: Final = 16 << 20
 FRAME_BYTES_MAX: Final = 65536
@@ -31,25 +54,11 @@ LINKS_MAX: Final = 256
 # Unfinished deliveries of all links of a connection together.
 PARTIAL_BYTES_MAX: Final = 32 << 20
 SESSIONS_MAX: Final = 64
-CAPABILITIES_MAX: Final = 32
 # A message longer than two chunks is fed to its link a chunk at a time: at once costs a hundredfold (8 MB, measured).
 CHUNK_BYTES: Final = 256 << 10
 # Above this, a session has enough to send and its senders show no capacity, whatever the credit.
 OUTGOING_BYTES_MAX: Final = 2 << 20
 OUTPUT_BYTES: Final = 1 << 20
-
-LINK_DETACH_FORCED: Final = "amqp:link:detach-forced"
-LINK_STOLEN: Final = "amqp:link:stolen"
-MESSAGE_SIZE_EXCEEDED: Final = "amqp:link:message-size-exceeded"
-TRANSFER_LIMIT_EXCEEDED: Final = "amqp:link:transfer-limit-exceeded"
-RESOURCE_LIMIT_EXCEEDED: Final = "amqp:resource-limit-exceeded"
-DECODE_ERROR: Final = "amqp:decode-error"
-NOT_ALLOWED: Final = "amqp:not-allowed"
-NOT_IMPLEMENTED: Final = "amqp:not-implemented"
-UNAUTHORIZED: Final = "amqp:unauthorized-access"
-NOT_FOUND: Final = "amqp:not-found"
-INVALID_FIELD: Final = "amqp:invalid-field"
-FRAMING_ERROR: Final = "amqp:connection:framing-error"
 
 # What reading a peer's open or attach may raise inside proton's binding.
 _PEER_DATA_ERRORS = (
@@ -62,55 +71,6 @@ _PEER_DATA_ERRORS = (
 )
 
 
-class Role(Enum):
-    """Our own role on a link."""
-
-    SENDER = "sender"
-    RECEIVER = "receiver"
-
-
-class Durability(Enum):
-    """terminus-durability, AMQP 1.0 part 3.5.5."""
-
-    NONE = 0
-    CONFIGURATION = 1
-    UNSETTLED_STATE = 2
-
-
-class Expiry(Enum):
-    """terminus-expiry-policy, part 3.5.6."""
-
-    LINK_DETACH = "link-detach"
-    SESSION_END = "session-end"
-    CONNECTION_CLOSE = "connection-close"
-    NEVER = "never"
-
-
-_EXPIRY_NUMBER = {
-    Expiry.LINK_DETACH: proton.Terminus.EXPIRE_WITH_LINK,
-    Expiry.SESSION_END: proton.Terminus.EXPIRE_WITH_SESSION,
-    Expiry.CONNECTION_CLOSE: proton.Terminus.EXPIRE_WITH_CONNECTION,
-    Expiry.NEVER: proton.Terminus.EXPIRE_NEVER,
-}
-_EXPIRY_BY_NUMBER = {number: policy for policy, number in _EXPIRY_NUMBER.items()}
-
-
-class SettleMode(Enum):
-    """snd-settle-mode, part 2.8.2."""
-
-    UNSETTLED = 0
-    SETTLED = 1
-    MIXED = 2
-
-
-class OutcomeKind(Enum):
-    ACCEPTED = "accepted"
-    REJECTED = "rejected"
-    RELEASED = "released"
-    MODIFIED = "modified"
-    UNKNOWN = "unknown"  # settled without an outcome: the message may or may not be there
-
-
 _OUTCOME_BY_STATE = {
     raw.ACCEPTED: OutcomeKind.ACCEPTED,
     raw.REJECTED: OutcomeKind.REJECTED,
@@ -118,199 +78,6 @@ _OUTCOME_BY_STATE = {
     raw.MODIFIED: OutcomeKind.MODIFIED,
     0: OutcomeKind.UNKNOWN,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Terminus:
-    """A source or a target (part 3.5.3, 3.5.4).
-
-    coordinator: the target is a transaction coordinator. copy: the source's distribution-mode leaves messages there.
-    """
-
-    address: str | None = None
-    durability: Durability = Durability.NONE
-    expiry: Expiry = Expiry.SESSION_END
-    timeout_s: int = 0
-    dynamic: bool = False
-    capabilities: tuple[str, ...] = ()
-    coordinator: bool = False
-    copy: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of `count` messages, the last of which is `seq`. Only accepted ones ever come several at once."""
-
-    kind: OutcomeKind
-    seq: int
-    count: int = 1
-    condition: str | None = None
-    description: str | None = None
-    delivery_failed: bool = False
-    undeliverable_here: bool = False
-
-
-# ------------------------------------------------------------------------------------------------ events
-
-
-@dataclass(frozen=True, slots=True)
-class Authenticated:
-    """The SASL layer is over. identity: None for an anonymous peer (server) or without a user name (client)."""
-
-    identity: str | None
-    mechanism: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """The peer's open. A server answers it with Engine.open() or Engine.close()."""
-
-    container: str
-    hostname: str | None
-    max_frame_bytes: int
-    idle_timeout_s: float
-    capabilities: tuple[str, ...]
-    properties: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteClosed:
-    """The peer closed the connection; the answer is already on its way."""
-
-    condition: str | None
-    description: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class SessionClosed:
-    """The peer ended a session; a LinkClosed for each of its links came before this."""
-
-    session: Session
-    condition: str | None
-    description: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class LinkAttached:
-    """by_peer: the peer wants this link, confirm() or refuse() it. Otherwise the peer confirmed ours."""
-
-    link: Sender | Receiver
-    by_peer: bool
-    name: str
-    role: Role
-    source: Terminus | None
-    target: Terminus | None
-
-
-@dataclass(frozen=True, slots=True)
-class LinkClosed:
-    """The link is gone, whoever began it; what was unsettled on it has no known fate.
-
-    detached: the terminus stays and may be attached again, also where only the session ended. refused: the peer never
-    accepted the attach.
-    """
-
-    link: Sender | Receiver
-    condition: str | None
-    description: str | None
-    detached: bool = False
-    refused: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Credit:
-    """The sender may send (see its capacity), or is asked to drain (see its draining)."""
-
-    sender: Sender
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """The sender's take_outcomes() has something."""
-
-    sender: Sender
-
-
-@dataclass(frozen=True, slots=True)
-class Deliveries:
-    """Whole messages in order: (handle, bytes). Each handle is to be settled once; then it means nothing."""
-
-    receiver: Receiver
-    batch: list[tuple[int, bytes]]
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The connection is broken. Send what data_to_send() still gives, then close. auth: credentials were refused."""
-
-    condition: str
-    description: str
-    auth: bool = False
-
-
-Event = (
-    Authenticated
-    | Opened
-    | RemoteClosed
-    | SessionClosed
-    | LinkAttached
-    | LinkClosed
-    | Credit
-    | Settled
-    | Deliveries
-    | Failed
-)
-
-
-# ------------------------------------------------------------------------------------------------ reading the peer
-
-
-def _symbols(data: Any) -> tuple[str, ...]:
-    value = data.get_object() if data is not None and data.next() is not None else None
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (str(value),)
-    return tuple(str(item) for item in islice(getattr(value, "elements", value), CAPABILITIES_MAX))
-
-
-def _terminus(remote: Any) -> Terminus | None:
-    kind = remote.type
-    if kind == proton.Terminus.UNSPECIFIED:
-        return None
-    capabilities = remote.capabilities
-    capabilities.rewind()
-    return Terminus(
-        address=remote.address,
-        durability=Durability(remote.durability),
-        expiry=_EXPIRY_BY_NUMBER.get(remote.expiry_policy, Expiry.SESSION_END),
-        timeout_s=remote.timeout,
-        dynamic=remote.dynamic,
-        capabilities=_symbols(capabilities),
-        coordinator=kind == proton.Terminus.COORDINATOR,
-        copy=remote.distribution_mode == proton.Terminus.DIST_MODE_COPY,
-    )
-
-
-def _set_terminus(local: Any, wanted: Terminus | None) -> None:
-    if wanted is None:
-        local.type = proton.Terminus.UNSPECIFIED
-        return
-    local.address = wanted.address
-    local.durability = wanted.durability.value
-    local.expiry_policy = _EXPIRY_NUMBER[wanted.expiry]
-    local.timeout = wanted.timeout_s
-    local.dynamic = wanted.dynamic
-    if wanted.copy:
-        local.distribution_mode = proton.Terminus.DIST_MODE_COPY
-    if wanted.capabilities:
-        data = local.capabilities
-        data.clear()
-        data.put_array(False, proton.Data.SYMBOL)
-        data.enter()
-        for name in wanted.capabilities:
-            data.put_symbol(proton.symbol(name))
-        data.exit()
 
 
 def _condition(name: str | None, description: str | None) -> Any:
@@ -393,10 +160,12 @@ class _Link:
             return
         assert not self._opened
         # Never proton's own copy(): a damaged array in the peer's attach, copied and sent back, crashes the process.
-        _set_terminus(self._link.source, source or self.source)
-        _set_terminus(self._link.target, target or self.target)
+        set_terminus(self._link.source, source or self.source)
+        set_terminus(self._link.target, target or self.target)
         self._link.snd_settle_mode = self._link.remote_snd_settle_mode
-        self._link.rcv_settle_mode = proton.Link.RCV_FIRST
+        # A receiver that settles second hears our settlement after its outcome. As a receiver we settle first.
+        second = self.role is Role.SENDER and self._link.remote_rcv_settle_mode == proton.Link.RCV_SECOND
+        self._link.rcv_settle_mode = proton.Link.RCV_SECOND if second else proton.Link.RCV_FIRST
         self._set_limit(max_message_bytes)
         self._open()
 
@@ -405,8 +174,8 @@ class _Link:
         if not self._usable:
             return
         assert not self._opened
-        _set_terminus(self._link.source, self.source if self.role is Role.RECEIVER else None)
-        _set_terminus(self._link.target, self.target if self.role is Role.SENDER else None)
+        set_terminus(self._link.source, self.source if self.role is Role.RECEIVER else None)
+        set_terminus(self._link.target, self.target if self.role is Role.SENDER else None)
         self._open()
         self.close(condition, description)
 
@@ -487,6 +256,47 @@ class Sender(_Link):
             return self._window[0][0]
         return self._queue[0][0] if self._queue else None
 
+    @property
+    def feeding(self) -> bool:
+        """Whether a message of send_part() is not all with proton yet: feed() goes on with it."""
+        return bool(self._queue)
+
+    def send_part(self, seq: int, body: bytes, bytes_max: int) -> int:
+        """Send the beginning of a large message; feed() sends the rest, when and how much the caller likes."""
+        if not self._usable:
+            return 0
+        assert self.capacity > 0, "sending beyond credit"
+        self._queue.append((seq, body))
+        return self.feed(bytes_max)
+
+    def feed(self, bytes_max: int) -> int:
+        """Go on with the message of send_part(), by at most bytes_max: by how much it was."""
+        queue, pointer = self._queue, self._pointer
+        if not self._usable or not queue:
+            self._give_up()
+            return 0
+        if raw.outgoing_bytes(pointer) >= OUTGOING_BYTES_MAX:  # the peer's session takes no more
+            return 0
+        size = self._hand_part(bytes_max)
+        self._engine._produced()
+        return size
+
+    def _hand_part(self, bytes_max: int) -> int:
+        """Give proton the next piece of the large message at the head of the queue: how long it was."""
+        pointer = self._pointer
+        seq, body = self._queue[0]
+        if not self._big_at:
+            self._window.append((seq, raw.send_begin(pointer, seq)))
+        size = min(bytes_max, len(body) - self._big_at)
+        raw.send_chunk(pointer, body, self._big_at, size)
+        self._big_at += size
+        if self._big_at == len(body):
+            raw.send_end(pointer)
+            self._big_at = 0
+            self._queue.popleft()
+            self._sent()
+        return size
+
     def send(self, batch: Sequence[tuple[int, bytes]]) -> None:
         """Send (seq, message) pairs in this order, at most `capacity` of them.
 
@@ -497,7 +307,7 @@ class Sender(_Link):
         assert len(batch) <= self.credit, "sending beyond credit"
         if self._queue or max(len(body) for _, body in batch) > 2 * CHUNK_BYTES:
             self._queue.extend(batch)
-            self._engine._feeding.add(self)
+            self._engine._feeding[self] = None
             self._feed()
         else:
             raw.send(self._pointer, batch, self._window)
@@ -508,7 +318,7 @@ class Sender(_Link):
         """Give proton as much of the queue as it can hold cheaply; a large message a chunk at a time."""
         queue, pointer = self._queue, self._pointer
         if not self._usable:
-            queue.clear()
+            self._give_up()
         while queue:
             seq, body = queue[0]
             held = raw.outgoing_bytes(pointer)
@@ -521,16 +331,12 @@ class Sender(_Link):
                 continue
             if held >= CHUNK_BYTES:
                 return
-            if not self._big_at:
-                self._window.append((seq, raw.send_begin(pointer, seq)))
-            size = min(CHUNK_BYTES, len(body) - self._big_at)
-            raw.send_chunk(pointer, body, self._big_at, size)
-            self._big_at += size
-            if self._big_at == len(body):
-                raw.send_end(pointer)
-                self._big_at = 0
-                queue.popleft()
-                self._sent()
+            self._hand_part(CHUNK_BYTES)
+
+    def _give_up(self) -> None:
+        """Nothing more can be sent: what was not all sent never will be."""
+        self._queue.clear()
+        self._big_at = 0
 
     def _sent(self) -> None:
         if not self.presettled:
@@ -573,8 +379,7 @@ class Sender(_Link):
     def _gone(self) -> None:
         super()._gone()
         self._window.clear()
-        self._queue.clear()
-        self._big_at = 0
+        self._give_up()
 
 
 class Receiver(_Link):
@@ -759,8 +564,8 @@ class Engine:
         self._links: dict[raw.Pointer, Sender | Receiver] = {}
         self._sessions: dict[raw.Pointer, Session] = {}
         self._reported: set[Sender | Receiver] = set()  # closed by us for cause, and said so already
-        self._touched: set[raw.Pointer] = set()
-        self._feeding: set[Sender] = set()  # with a large message on its way
+        self._touched: dict[raw.Pointer, None] = {}
+        self._feeding: dict[Sender, None] = {}  # with a large message on its way
         self._events: list[Event] = []
         self._failed = False
         self._lost = False
@@ -777,6 +582,11 @@ class Engine:
     def finished(self) -> bool:
         """Nothing more will come or go: the socket may be closed."""
         return self._lost or ((self._failed or (self._closed_here and self._closed_there)) and not self._waiting())
+
+    @property
+    def failed(self) -> bool:
+        """The connection broke, by the peer's mistake or its silence; what it sends means nothing any more."""
+        return self._failed
 
     @property
     def closing(self) -> bool:
@@ -875,8 +685,8 @@ class Engine:
         max_message_bytes: int,
         properties: Mapping[str, Any] | None,
     ) -> None:
-        _set_terminus(link._link.source, source)
-        _set_terminus(link._link.target, target)
+        set_terminus(link._link.source, source)
+        set_terminus(link._link.target, target)
         link._link.rcv_settle_mode = proton.Link.RCV_FIRST
         if properties:
             link._link.properties = dict(properties)
@@ -931,7 +741,7 @@ class Engine:
             for sender in tuple(self._feeding):
                 sender._feed()
                 if not sender._queue:
-                    self._feeding.discard(sender)
+                    self._feeding.pop(sender, None)
             pieces += raw.output(self._transport, limit_bytes)
             self._drain(None)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -1047,7 +857,7 @@ class Engine:
                 self._fail(DECODE_ERROR, f"the peer sent what cannot be read: {bad}")
 
     def _resolve(self) -> None:
-        touched, self._touched = self._touched, set()
+        touched, self._touched = self._touched, {}
         for pointer in touched:
             link = self._links.get(pointer)
             if link is None:
@@ -1057,7 +867,7 @@ class Engine:
             elif type(link) is Sender:
                 if link._collect():
                     self._outcomes_ready(link)
-                if link.capacity > 0 or link.draining:
+                if link.capacity > 0 or link.draining or link.feeding:
                     self._events.append(Credit(link))
 
     def _control(self, kind: int, about: raw.Pointer, now: float | None) -> None:
@@ -1151,8 +961,8 @@ class Engine:
             link = self._remote_link(pointer)
             if link is None:
                 return
-        link.source = _terminus(link._link.remote_source)
-        link.target = _terminus(link._link.remote_target)
+        link.source = terminus(link._link.remote_source)
+        link.target = terminus(link._link.remote_target)
         own_end = link.source if link.role is Role.RECEIVER else link.target
         if by_peer:
             if link.target is not None and link.target.coordinator:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 
 from gateway.amqp.addresses import AddressError, parse
-from gateway.amqp.engine import DECODE_ERROR, NOT_FOUND, RESOURCE_LIMIT_EXCEEDED, Receiver
+from gateway.amqp.engine import Receiver
+from gateway.amqp.events import DECODE_ERROR, NOT_FOUND, RESOURCE_LIMIT_EXCEEDED
 from gateway.amqp.message import ANNOTATION_RETAIN, Message, MessageError, Stamp, decode, given_id, lineside_identity
 from gateway.errors import PeerError
 from gateway.routing import Route
@@ -42,7 +44,8 @@ Resolve = Callable[[str], tuple[Route, Stamp]]
 class Incoming:
     """`topic`: where the link's messages go, None where each message's `to` says. `flush()` sends what was settled.
 
-    `retain` hears of each message that asks to be retained, with its stream, seq, topic, bytes and expiry.
+    `retain` hears of each message that asks to be retained, with its stream, seq, topic, bytes and expiry. `waits()`:
+    something is held that was not before, and `retry` has to be called.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Incoming:
         resolve: Resolve,
         flush: Callable[[], None],
         retain: Retain = lambda stream, seq, topic, body, expires: None,
+        waits: Callable[[], None] = lambda: None,
     ) -> None:
         self.journal = journal
         self.link = link
@@ -62,6 +66,7 @@ class Incoming:
         self._resolve = resolve
         self._flush = flush
         self._retain = retain
+        self._waits = waits
         self._held: deque[tuple[int, bytes]] = deque()
         self._held_bytes = 0
         self._overflowed = False
@@ -96,10 +101,12 @@ class Incoming:
 
     def _take(self, batch: list[tuple[int, bytes]] | deque[tuple[int, bytes]]) -> int:
         """Deal with messages from the first on; return how many, which is fewer only where a stream is full."""
+        self.journal.intake()
         count = 0
-        for handle, body in batch:
+        for delivery in batch:
+            handle, body = delivery
             try:
-                self._append(handle, body)
+                self._append(delivery)
             except JournalFull as error:
                 log.debug("local intake held back", extra={"stream": error.stream, "reason": error.reason})
                 break
@@ -110,7 +117,8 @@ class Incoming:
             count += 1
         return count
 
-    def _append(self, handle: int, body: bytes) -> None:
+    def _append(self, delivery: tuple[int, bytes]) -> None:
+        body = delivery[1]
         message = decode(body)
         topic = self.topic
         if topic is None:
@@ -128,7 +136,7 @@ class Incoming:
             seq = journal.append(stream, topic, stamp.encode, body, expires)
         elif who in stream.seen:
             self.repeated += 1
-            journal.wait_for(self, handle, stream, who)
+            journal.wait_for(self, delivery, stream, who)
             return
         else:
             given = given_id(message)
@@ -138,7 +146,7 @@ class Incoming:
         if message.annotations.get(ANNOTATION_RETAIN) is True:
             self._retain(stream, seq, topic, body if who is not None else stamp.encode(seq, body), expires)
         self.received += 1
-        journal.wait(self, handle)
+        journal.wait(self, delivery)
 
     @staticmethod
     def _named(message: Message) -> str:
@@ -161,15 +169,19 @@ class Incoming:
 
     # ------------------------------------------------------------------ the journal's side (Waiter)
 
-    def committed(self, tokens: list[int]) -> None:
-        self.link.accept(tokens)
+    def committed(self, tokens: list[tuple[int, bytes]]) -> None:
+        self.link.accept([handle for handle, _ in tokens])
         self._refill()
 
-    def failed(self, tokens: list[int], error: JournalFull) -> None:
-        """Not on disk: the app gets them back and keeps them."""
-        for handle in tokens:
-            self._give_back(handle, 0, "disk-full")
-        self._refill()
+    def failed(self, tokens: list[tuple[int, bytes]], error: JournalFull) -> None:
+        """Not on disk: they stay unsettled, and are appended again before anything newer.
+
+        Released they would come back behind what the app has sent meanwhile (promise P2).
+        """
+        # A repeat that waited for the same commit may stand before what came before it.
+        self._held.extendleft(sorted(tokens, key=itemgetter(0), reverse=True))
+        self._held_bytes += sum(len(body) for _, body in tokens)
+        self._waits()
 
     def _refill(self) -> None:
         if not self._held:

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable
 
 from gateway.amqp.directory import Source
-from gateway.amqp.engine import MESSAGE_SIZE_EXCEEDED, Outcome, OutcomeKind, Sender
+from gateway.amqp.engine import Sender
+from gateway.amqp.events import MESSAGE_SIZE_EXCEEDED, Outcome, OutcomeKind
 from gateway.amqp.message import patch_header, patch_ttl
 from gateway.groups import Group
 from storeforward.journal import Journal
@@ -60,7 +61,12 @@ class Outgoing:
 
     @property
     def resend_at(self) -> float | None:
-        return self._resend_at
+        """When to wake this for what was given back. None also where answers have to come first: those wake it."""
+        return None if self._waits_for_answers else self._resend_at
+
+    @property
+    def _waits_for_answers(self) -> bool:
+        return self.source.exclusive and self.link.unsettled > 0
 
     def end(self) -> None:
         """The link is gone: what it has not finished goes back. May be called twice."""
@@ -91,7 +97,7 @@ class Outgoing:
         if not link.alive:
             return
         if self._resend_at is not None:
-            if now < self._resend_at or (self.source.exclusive and link.unsettled):
+            if now < self._resend_at or self._waits_for_answers:
                 link.drained()
                 return
             self._resend_at = None

@@ -164,18 +164,18 @@ def tick(transport: Any, now_ms: int) -> int:
 # ------------------------------------------------------------------------------------------------ events
 
 
-def next_control(collector: Any, touched: set[Pointer]) -> tuple[int, Pointer] | None:
+def next_control(collector: Any, touched: dict[Pointer, None]) -> tuple[int, Pointer] | None:
     """Take events up to and with the next rare one: (its type, the link or session it is about); None at the end.
 
-    Links with deliveries or credit are only put into `touched`, once however many events they had.
+    Links with deliveries or credit are only put into `touched`, in this order, once however many events they had.
     """
     impl = collector._impl
     peek, pop, event_type = lib.pn_collector_peek, lib.pn_collector_pop, lib.pn_event_type
-    event_link, add = lib.pn_event_link, touched.add
+    event_link = lib.pn_event_link
     while event := peek(impl):
         kind = event_type(event)
         if kind in _HOT_EVENTS:
-            add(event_link(event))
+            touched[event_link(event)] = None
         elif kind in _CONTEXT_OF:
             about = _CONTEXT_OF[kind](event)
             pop(impl)

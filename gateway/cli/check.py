@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +20,16 @@ if TYPE_CHECKING:
 @config_option
 def run(config: Path) -> None:
     """Run the gateway until it is told to stop (SIGTERM or SIGINT; SIGHUP reads the configuration again)."""
+    from gateway.config_reading import Reading
+
+    reading = Reading(config)
+    # It goes on while this takes as long. What is imported stays: looking for garbage in it is a tenth of that time.
+    gc.disable()
     from gateway.app import run_daemon
 
-    sys.exit(run_daemon(config))
+    gc.freeze()
+    gc.enable()
+    sys.exit(run_daemon(config, reading))
 
 
 @click.command()
@@ -52,7 +60,8 @@ def check(config: Path, who: tuple[str, ...], publish: str | None, subscribe: st
     With --who, and --publish or --subscribe, explain whether the access rules allow that: exit status 0 if they do, 1
     if not.
     """
-    from gateway.config import ConfigErrors, explain, load
+    from gateway.config import ConfigErrors, load
+    from gateway.config_explain import explain
 
     asked = bool(who) or publish is not None or subscribe is not None
     if asked and (publish is None) == (subscribe is None):
@@ -80,8 +89,14 @@ def _explain_access(
     config: Config, who: tuple[str, ...], publish: str | None, subscribe: str | None, as_json: bool
 ) -> int:
     from gateway.access import rules_of
+    from gateway.mqtt.topics import check_filter, check_topic
     from security.rules import Action, Verdict, decide, parse_identity
 
+    try:
+        check_topic(publish) if publish is not None else check_filter(subscribe or "")
+    except ValueError as error:  # nobody can, whatever the rules say
+        hint = "--publish" if publish is not None else "--subscribe"
+        raise click.BadParameter(f"{error}.", param_hint=hint) from None
     try:
         identity = parse_identity(who)
     except ValueError as error:

@@ -16,6 +16,7 @@ import click
 
 from gateway.cli.output import config_option, json_body, json_option, print_json, safe, show_body
 from gateway.errors import LinesideError
+from gateway.mqtt.topics import check_filter, check_topic
 
 if TYPE_CHECKING:
     from paho.mqtt.client import Client, MQTTMessage
@@ -86,6 +87,7 @@ def publish(
     """Publish to TOPIC and wait until everything is acknowledged; exit status 1 if anything was not."""
     if (message is not None) == stdin_line:
         raise click.UsageError("Give either --message or --stdin-line.")
+    _check(check_topic, topic, "TOPIC")
     listen = _target(config, target)
     client = _client(listen, client_id, user, password_file, (ca, cert, key))
     payloads = _lines() if stdin_line else iter([(message or "").encode()])
@@ -110,6 +112,13 @@ def publish(
     if publisher.refused:
         reasons = ", ".join(sorted(set(publisher.refused)))
         raise LinesideError(f"{len(publisher.refused)} of {publisher.done} refused: {reasons}")
+
+
+def _check(check: Callable[[str], None], text: str, hint: str) -> None:
+    try:
+        check(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{safe(text)}: {error}.", param_hint=hint) from None
 
 
 def _lines() -> Iterator[bytes]:
@@ -201,6 +210,7 @@ def subscribe(
     """
     if durable and not client_id:
         raise click.UsageError("--durable needs --client-id, by which the session is found again.")
+    _check(check_filter, filter, "FILTER")
     listen = _target(config, target)
     client = _client(listen, client_id, user, password_file, (ca, cert, key), manual_ack=True)
     printed, ending = 0, False

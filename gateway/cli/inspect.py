@@ -20,7 +20,7 @@ from gateway.cli.output import (
     json_body,
     json_option,
     print_json,
-    print_table,
+    resolve_keys,
     resolve_state_dir,
     safe,
     show_body,
@@ -29,6 +29,8 @@ from gateway.cli.output import (
     show_time,
     state_options,
 )
+from gateway.cli.tables import print_table
+from gateway.config_values import show_rate
 from gateway.errors import LinesideError
 
 IDS_A_REQUEST = 10_000
@@ -47,8 +49,9 @@ limit_option = click.option(
 
 @click.command()
 @state_options
+@click.option("--running", is_flag=True, help="Exit with status 1 where the daemon does not answer: for health checks.")
 @json_option
-def status(config: Path, state_dir: Path | None, as_json: bool) -> None:
+def status(config: Path, state_dir: Path | None, running: bool, as_json: bool) -> None:
     """Links, streams and rates; from the journal alone when the daemon is stopped."""
     from gateway.control_client import DaemonStopped, request
 
@@ -63,6 +66,8 @@ def status(config: Path, state_dir: Path | None, as_json: bool) -> None:
         print_json(answer)
     else:
         _print_status(answer)
+    if running and answer["daemon"] != "running":
+        sys.exit(1)
 
 
 def _status_from_journal(state_dir: Path) -> dict[str, Any]:
@@ -93,8 +98,13 @@ def _print_status(answer: Mapping[str, Any]) -> None:
         commit = answer.get("commit_ms") or {}
         facts.append(("commit", f"{commit.get('p50') or 0:.1f} ms median, {commit.get('p99') or 0:.1f} ms p99"))
         facts.append(("memory", show_bytes(answer.get("rss_bytes"))))
+        if answer.get("written_bytes") is not None:
+            facts.append(("written to disk", f"{show_bytes(answer['written_bytes'])} since the start"))
     else:
         facts.append(("daemon", "stopped"))
+    clock = answer.get("clock") or {"set": True}
+    if not clock["set"]:
+        facts.append(("clock", f"NOT SET: it says {clock.get('wall')}; certificates can't be judged"))
     facts.append(("losses", f"{answer.get('losses', 0)} messages (lineside losses)"))
     facts.append(("dead letters", f"{answer.get('dead', 0)} (lineside deadletter list)"))
     width = max(len(name) for name, _ in facts) + 2
@@ -104,7 +114,11 @@ def _print_status(answer: Mapping[str, Any]) -> None:
         _print_bridge(answer["bridge"])
     if answer.get("hubs"):
         click.echo()
-        print_table(["hub", "state", "since", "url", "error", "retry in"], [_hub_row(h) for h in answer["hubs"]])
+        columns = ["hub", "state", "since", "url", ">rate", "error", "retry in"]
+        print_table(columns, [_hub_row(h) for h in answer["hubs"]])
+    if answer.get("certificates"):
+        click.echo()
+        _print_certificates(answer["certificates"])
     click.echo()
     _print_streams(answer.get("streams") or [])
 
@@ -132,6 +146,14 @@ def _print_bridge(bridge: Mapping[str, Any]) -> None:
     )
 
 
+def _print_certificates(certificates: Iterable[Mapping[str, Any]]) -> None:
+    rows = [
+        [each["for"], each["state"], each["not_after"] or each["error"], each["days_left"] or "-", each["file"]]
+        for each in certificates
+    ]
+    print_table(["certificate", "state", "ends", ">days left", "file"], rows)
+
+
 def _hub_row(hub: Mapping[str, Any]) -> list[object]:
     since, retry = show_seconds(hub.get("since_s")), show_seconds(hub.get("retry_in_s"))
     return [
@@ -139,9 +161,18 @@ def _hub_row(hub: Mapping[str, Any]) -> list[object]:
         hub.get("state"),
         since,
         hub.get("url") or "-",
+        _rate(hub),
         hub.get("error") or "; ".join(hub.get("notes", [])) or "-",
         retry,
     ]
+
+
+def _rate(hub: Mapping[str, Any]) -> str:
+    """What the line was last seen to carry, and what it may at most."""
+    measured, limit = hub.get("rate_bytes_s"), hub.get("rate_limit_bytes_s")
+    if limit:
+        return f"at most {show_rate(limit)}"
+    return f"about {show_rate(measured)}" if measured else "-"
 
 
 def _print_streams(streams: Iterable[Mapping[str, Any]]) -> None:
@@ -150,6 +181,7 @@ def _print_streams(streams: Iterable[Mapping[str, Any]]) -> None:
         {
             "stream": stream["name"],
             "direction": stream["direction"],
+            "class": _class(stream),
             ">waiting": stream.get("waiting"),
             ">stored": stream["rows"],
             ">size": show_bytes(stream["bytes"]),
@@ -163,6 +195,13 @@ def _print_streams(streams: Iterable[Mapping[str, Any]]) -> None:
     columns = [name for name in (cells[0] if cells else {}) if any(row[name] is not None for row in cells)]
     rows = [["-" if row[name] is None else row[name] for name in columns] for row in cells]
     print_table(columns, rows, "no streams yet")
+
+
+def _class(stream: Mapping[str, Any]) -> str | None:
+    """How it is sent, and how much of a full line that is."""
+    if stream.get("share") is None:
+        return stream.get("class")
+    return f"{stream.get('class')} {stream['share']} %"
 
 
 def _per_cent(stream: Mapping[str, Any]) -> str | None:
@@ -200,7 +239,7 @@ def backlog(
         raise click.UsageError(f"backlog takes one STREAM.{hint}")
     from storeforward.inspection import Inspection
 
-    with Inspection(resolve_state_dir(config, state_dir)) as journal:
+    with Inspection(resolve_state_dir(config, state_dir), resolve_keys(config)) as journal:
         if not stream:
             summaries = [asdict(each) for each in journal.streams()]
             cursors = [asdict(each) for each in journal.cursors()]
@@ -236,7 +275,7 @@ def show(stream: str, seq: int, config: Path, state_dir: Path | None, as_json: b
     """One message of STREAM: where it came from, its properties and its payload."""
     from storeforward.inspection import Inspection
 
-    with Inspection(resolve_state_dir(config, state_dir)) as journal:
+    with Inspection(resolve_state_dir(config, state_dir), resolve_keys(config)) as journal:
         found = journal.show(stream, seq)
     _print_message(asdict(found), as_json)
 
@@ -255,7 +294,7 @@ def export(stream: str, output: Path | None, config: Path, state_dir: Path | Non
     """Every message of STREAM in order, one JSON object a line (with or without --json)."""
     from storeforward.inspection import Inspection
 
-    with Inspection(resolve_state_dir(config, state_dir)) as journal:
+    with Inspection(resolve_state_dir(config, state_dir), resolve_keys(config)) as journal:
         messages = journal.export(stream, describe)
         if output is None:
             _write_lines(messages, sys.stdout.write)
@@ -364,7 +403,7 @@ def deadletter_list(stream: str | None, limit: int, config: Path, state_dir: Pat
     """The newest dead letters first."""
     from storeforward.inspection import Inspection
 
-    with Inspection(resolve_state_dir(config, state_dir)) as journal:
+    with Inspection(resolve_state_dir(config, state_dir), resolve_keys(config)) as journal:
         letters = journal.dead(limit, stream)
         count = len(letters) if len(letters) < limit else journal.dead_count()
     if as_json:
@@ -397,7 +436,7 @@ def deadletter_show(id: int, config: Path, state_dir: Path | None, as_json: bool
     """One dead letter, with the hub's reason and the payload."""
     from storeforward.inspection import Inspection
 
-    with Inspection(resolve_state_dir(config, state_dir)) as journal:
+    with Inspection(resolve_state_dir(config, state_dir), resolve_keys(config)) as journal:
         found = journal.dead_show(id)
     _print_message(asdict(found), as_json)
 
@@ -419,7 +458,7 @@ def deadletter_requeue(
     """Send dead letters again, by their IDS: they join the end of their streams."""
     where = resolve_state_dir(config, state_dir)
     chosen = _chosen(where, ids, every, stream)
-    count = _act(where, "requeue", chosen) if chosen else 0
+    count = _act(where, config, "requeue", chosen) if chosen else 0
     _report_count(count, len(chosen), "requeued", as_json)
 
 
@@ -444,7 +483,7 @@ def deadletter_drop(
     chosen = _chosen(where, ids, every, stream)
     if chosen and every and not yes:
         click.confirm(f"Drop {len(chosen)} dead letters for good?", abort=True, err=True)
-    count = _act(where, "drop", chosen) if chosen else 0
+    count = _act(where, config, "drop", chosen) if chosen else 0
     _report_count(count, len(chosen), "dropped", as_json)
 
 
@@ -461,7 +500,7 @@ def _chosen(state_dir: Path, ids: tuple[int, ...], every: bool, stream: str | No
         return journal.dead_ids(stream)
 
 
-def _act(state_dir: Path, what: str, ids: list[int]) -> int:
+def _act(state_dir: Path, config: Path, what: str, ids: list[int]) -> int:
     """By the daemon if one runs, else on the journal itself; return how many there were."""
     from gateway.control_client import DaemonStopped
 
@@ -478,8 +517,9 @@ def _act(state_dir: Path, what: str, ids: list[int]) -> int:
 
         with Inspection(state_dir):
             pass  # so that a mistyped directory is complained about, and not filled with an empty journal
+        seal = resolve_keys(config)
         _become_owner(state_dir)
-        return (requeue_dead if what == "requeue" else drop_dead)(state_dir, ids)
+        return (requeue_dead if what == "requeue" else drop_dead)(state_dir, ids, seal)
 
 
 def _ask(state_dir: Path, what: str, ids: list[int]) -> int:
@@ -523,7 +563,7 @@ def losses(stream: str | None, limit: int, config: Path, state_dir: Path | None,
     """The loss ledger: totals first, then the newest rows."""
     from storeforward.inspection import Inspection
 
-    with Inspection(resolve_state_dir(config, state_dir)) as journal:
+    with Inspection(resolve_state_dir(config, state_dir), resolve_keys(config)) as journal:
         totals, rows = journal.loss_totals(stream), journal.losses(limit, stream)
         if stream is not None and not totals and not rows:
             journal.require_stream(stream)  # "nothing was lost" would be no answer to a mistyped name

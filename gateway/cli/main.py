@@ -6,7 +6,9 @@ is typed, so that the rest cost nothing.
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -21,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("gateway.cli.check:demo", "Hub, gateway, tunnel and apps in one command."),
     "simulate": ("gateway.cli.simulate:simulate", "Tunnels and other bad days as files, with a verdict."),
     "verify": ("gateway.cli.simulate:verify", "Kills and cuts on this machine's own disk, with a verdict."),
+    "bench": ("gateway.cli.bench:bench", "How fast it is on this machine, beside the peers that are installed."),
     "status": ("gateway.cli.inspect:status", "What the gateway is doing."),
     "backlog": ("gateway.cli.inspect:backlog", "What waits in each stream, or in one of them."),
     "show": ("gateway.cli.inspect:show", "One message of a stream."),
@@ -28,11 +31,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "deadletter": ("gateway.cli.inspect:deadletter", "Messages the hub would not take."),
     "losses": ("gateway.cli.inspect:losses", "Every message that was dropped, and why."),
     "clients": ("gateway.cli.inspect:clients", "Who is connected."),
+    "backup": ("gateway.cli.backup:backup", "The journal as one verified file, also while the gateway runs."),
+    "restore": ("gateway.cli.backup:restore", "Put a backup back, here or on another machine."),
+    "rekey": ("gateway.cli.rekey:rekey", "Bring an encrypted journal under its first key, or out of it."),
     "publish": ("gateway.cli.client:publish", "Send messages over MQTT."),
     "subscribe": ("gateway.cli.client:subscribe", "Receive messages over MQTT."),
     "passwd": ("gateway.cli.passwd:passwd", "Set, remove or list the passwords of local apps."),
     "pki": ("gateway.cli.pki:pki", "A private certificate authority for a fleet."),
 }
+
+
+# What standard output may say to it all: a full disk behind it, a reader that has gone.
+_NOT_WRITTEN = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Commands(click.Group):
@@ -59,6 +69,12 @@ class _Commands(click.Group):
         except ConfigError as error:
             _complain(error)
             ctx.exit(2)
+        except OSError as error:
+            # A file that is not ours to read or write, in a command that did not expect it. The daemon expects its own.
+            if error.filename is None or ctx.invoked_subcommand == "run":
+                raise
+            _complain(LinesideError(f"{os.fsdecode(error.filename)}: {error.strerror}"))
+            ctx.exit(1)
         except Exception as error:
             if not _is_ours(error):
                 raise
@@ -106,6 +122,31 @@ def cli() -> None:
     """
 
 
+def _have_standard_streams() -> None:
+    """Where who called us has closed one, it leads nowhere: else the next file opened took its number, and what is
+    printed there went into that file."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def main() -> None:
     """Entry point of the command `lineside`."""
-    cli(prog_name="lineside")
+    _have_standard_streams()
+    try:
+        try:
+            cli(prog_name="lineside")
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN:
+            raise
+        # Python would try once more at its end, and say so in its own way.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if error.errno != errno.EPIPE:
+            _complain(LinesideError(f"the output can't be written: {error.strerror}"))
+        sys.exit(1)

@@ -1,4 +1,4 @@
-"""How commands print, and the options they share: tables for people, JSON for programs, nothing shortened.
+"""How commands print, and the options they share: values for people, JSON for programs, nothing shortened.
 
 Knows nothing of what is printed. Text from messages never reaches a terminal as it is: control characters are shown
 as escapes.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from gateway.errors import ConfigError
+
+if TYPE_CHECKING:
+    from security.atrest import Keyring
 
 CONFIG_DEFAULT = Path("/etc/lineside/lineside.toml")
 
@@ -76,52 +79,31 @@ def resolve_state_dir(config: Path, state_dir: Path | None) -> Path:
     return config.absolute().parent / found
 
 
+def resolve_keys(config: Path) -> Keyring | None:
+    """What opens an encrypted journal, if the configuration names keys that this user may read; else None."""
+    import tomllib
+
+    try:
+        with config.open("rb") as file:
+            gateway = tomllib.load(file).get("gateway", {})
+    except (OSError, ValueError):
+        return None
+    names = gateway.get("encryption_keys", []) if isinstance(gateway, dict) else []
+    if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    from gateway.config_fields import resolve_path
+    from security.atrest import KeyFileError, Keyring, read_key
+
+    try:
+        return Keyring([read_key(resolve_path(name, config.absolute().parent)) for name in names])
+    except KeyFileError as error:
+        click.echo(f"lineside: {safe(str(error))}: what is encrypted stays so", err=True)
+        return None
+
+
 def print_json(value: Any) -> None:
     """One JSON document on one line of standard output."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str = "nothing") -> None:
-    """A table: ruled and folded on a terminal; aligned, one line a row and whole when piped.
-
-    Columns whose name begins with ">" are aligned right, without the mark.
-    """
-    if not rows:
-        click.echo(empty)
-        return
-    cells = [[safe(str(cell)) for cell in row] for row in rows]
-    names = [name.lstrip(">") for name in columns]
-    right = [name.startswith(">") for name in columns]
-    if sys.stdout.isatty():
-        _print_ruled(names, right, cells)
-    else:
-        _print_plain(names, right, cells)
-
-
-def _print_ruled(names: list[str], right: list[bool], cells: list[list[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, to_right in zip(names, right, strict=True):
-        table.add_column(Text(name), justify="right" if to_right else "left", overflow="fold", no_wrap=to_right)
-    for row in cells:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)
-
-
-def _print_plain(names: list[str], right: list[bool], cells: list[list[str]]) -> None:
-    widths = [max(len(row[n]) for row in [names, *cells]) for n in range(len(names))]
-    lines = []
-    for row in [names, *cells]:
-        padded = [
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip() + "\n")
-    sys.stdout.write("".join(lines))
 
 
 def safe(text: str) -> str:

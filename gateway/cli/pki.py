@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 import click
 
-from gateway.cli.output import json_option, print_json, print_table, safe
+from gateway.cli.output import json_option, print_json, safe
+from gateway.cli.tables import print_table
 from gateway.errors import LinesideError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ REASONS: Final = ("unspecified", "key-compromise", "affiliation-changed", "super
 CA_DAYS: Final = 3650
 LEAF_DAYS: Final = 730
 CRL_DAYS: Final = 365
+OCSP_DAYS: Final = 30
 BACKDATE_DAYS: Final = 7
 SOON: Final = timedelta(days=30)
 PASSPHRASE_BYTES_MAX: Final = 1024
@@ -118,7 +120,7 @@ def _crl_days_option(command: F) -> F:
 def pki() -> None:
     """A private certificate authority for a fleet, in a directory of its own.
 
-    On the machine of the authority: init, issue, renew, revoke, crl, export. On the gateway: csr. Anywhere: show.
+    On the machine of the authority: init, issue, renew, revoke, crl, ocsp, export. On the gateway: csr. Anywhere: show.
     """
 
 
@@ -364,6 +366,37 @@ def crl(directory: Path, crl_days: int, passphrase_file: Path | None, as_json: b
         print_json({"crl": str(path), "ends": validity.ends.isoformat()})
     else:
         click.echo(safe(f"{path}: until {_day(validity.ends)}; give it to every gateway and hub"))
+
+
+@pki.command()
+@_directory
+@click.argument("name")
+@click.option(
+    "--days",
+    type=int,
+    default=OCSP_DAYS,
+    show_default=True,
+    help="Days until a newer one is wanted; past them gateways with `ocsp` refuse who staples it.",
+)
+@_passphrase_option
+@json_option
+def ocsp(directory: Path, name: str, days: int, passphrase_file: Path | None, as_json: bool) -> None:
+    """Write the OCSP response that NAME, a hub, may staple: that its certificate is good, or is revoked.
+
+    It is for a TLS server that takes it as a file, DER (HAProxy: beside the certificate, as FILE.pem.ocsp), and is
+    heeded where `ocsp` is on in [[hub]].
+    """
+    with _explained():
+        from security import pki_store
+
+        validity = _validity(days, BACKDATE_DAYS)
+        with pki_store.opened(directory) as store:
+            path, entry = store.staple(name, _authority(store, passphrase_file), validity)
+    status = "good" if entry.revoked is None else "revoked"
+    if as_json:
+        print_json({"ocsp": str(path), "status": status, "ends": validity.ends.isoformat()})
+    else:
+        click.echo(safe(f"{path}: {name} is {status}; until {_day(validity.ends)}; give it to {name}"))
 
 
 @pki.command()

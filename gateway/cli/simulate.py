@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from gateway.cli.output import json_option, print_json, print_table
+from gateway.cli.output import json_option, print_json
+from gateway.cli.tables import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,6 +131,13 @@ def _unseen(_: Sample) -> None:
 @click.command()
 @click.option("--cycles", type=click.IntRange(1, 1_000_000), default=25, show_default=True, help="How many blows.")
 @click.option(
+    "--power-cuts",
+    type=click.IntRange(0, 1_000_000),
+    default=5,
+    show_default=True,
+    help="How many power cuts after them, on a file system that forgets what was not synced (needs FUSE).",
+)
+@click.option(
     "--directory",
     type=click.Path(path_type=Path),
     default=Path("lineside-verify"),
@@ -138,9 +146,10 @@ def _unseen(_: Sample) -> None:
 )
 @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, by a real power cut perhaps.")
 @json_option
-def verify(cycles: int, directory: Path, resume: bool, as_json: bool) -> None:
+def verify(cycles: int, power_cuts: int, directory: Path, resume: bool, as_json: bool) -> None:
     """Try the promises on this machine's own disk: time its syncs, then kill daemons and cut the line while messages
-    are on their way, and hold what was acknowledged against what arrived.
+    are on their way, and hold what was acknowledged against what arrived. Then cut the power under a file system that
+    forgets, where FUSE is there.
 
     Exits with 1 where a promise broke; the directory is then left as it is. Interrupted, it goes on with --resume.
     """
@@ -153,19 +162,19 @@ def verify(cycles: int, directory: Path, resume: bool, as_json: bool) -> None:
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     )
-    task = progress.add_task("starting", total=cycles)
+    task = progress.add_task("starting", total=cycles + power_cuts)
 
     def show(tried: Tried, blow: Blow | None) -> None:
         progress.update(task, completed=tried.cycles, description="settling" if blow is None else blow.value)
 
-    run = Verify(directory, cycles, resume, show)
+    run = Verify(directory, cycles, resume, show, power_cuts)
     try:
         with progress:
             found = _run(run.run())
     except KeyboardInterrupt:
         raise click.ClickException(
             f"interrupted after {run.tried.cycles} cycles; go on with `lineside verify --resume --directory "
-            f"{directory} --cycles {cycles}`"
+            f"{directory} --cycles {cycles} --power-cuts {power_cuts}`"
         ) from None
     kept = run.tried.kept
     if kept:
@@ -224,6 +233,8 @@ def _print_verify(console: Console, tried: Tried, found: Disk, directory: Path) 
         highlight=False,
         soft_wrap=True,
     )
+    if tried.no_power_cuts is not None:
+        console.print(f"No power cuts were tried: {tried.no_power_cuts}", highlight=False, soft_wrap=True)
     print_table(
         ("promise", "what", ">counted", ">allowed", ""),
         [(*row, "kept" if row[2] <= row[3] else "BROKEN") for row in _promises(tried)],

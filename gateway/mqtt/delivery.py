@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from gateway.amqp.message import ANNOTATION_QOS, ANNOTATION_RETAIN, decode
-from gateway.mqtt.codec import V5, PublishProperties, encode_properties, encode_text, encode_varint
+from gateway.mqtt.codec import encode_properties, encode_text, encode_varint
 from gateway.mqtt.mapping import ANNOTATION_SOURCE, to_mqtt
+from gateway.mqtt.packets import V5, PublishProperties
 
 QOS_DEFAULT = 1
 EXPIRY_S_MAX = 0xFFFFFFFF

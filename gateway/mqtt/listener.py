@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import socket
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
@@ -17,31 +18,31 @@ from typing import Any, Protocol
 
 from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
 from gateway.broker import Broker
-from gateway.mqtt.codec import V5, Connect, PropertiesCache, PublishProperties, Reason, TopicCache
-from gateway.mqtt.connection import (
+from gateway.mqtt.codec import PropertiesCache, TopicCache
+from gateway.mqtt.connection import Limits, ServerConnection, TooLargeForPeer
+from gateway.mqtt.delivery import Delivery
+from gateway.mqtt.events import (
     Acked,
     Completed,
     Connected,
     Disconnected,
     Event,
     Failed,
-    Limits,
     Publishes,
     Received,
     Released,
-    ServerConnection,
     Subscribed,
-    TooLargeForPeer,
     Unsubscribed,
 )
-from gateway.mqtt.connection import Message as Published
-from gateway.mqtt.delivery import Delivery
+from gateway.mqtt.events import Message as Published
+from gateway.mqtt.mapping import Encoders
+from gateway.mqtt.packets import V5, Connect, PublishProperties, Reason
 from gateway.mqtt.topics import check_filter, filter_matches
 from gateway.sessions import Session
 from security.identity import CertificateIdentity, certificate_identity
 from security.rules import Action
 from storeforward.errors import JournalFull
-from storeforward.journal import Journal
+from storeforward.journal import Encode, Journal
 
 log = logging.getLogger("lineside.mqtt")
 
@@ -55,6 +56,14 @@ RESPONSE_PREFIX = "response/"
 HOLD_RETRY_S = 0.2
 CLOSE_WAIT_S = 2.0
 WRITE_BUFFER_BYTES = 256 << 10
+# What one client sent may keep the others waiting so long; a client whose packets cost more is read in slices. A commit
+# takes several turns of the loop, and each of them waits for such a slice.
+TURN_S = 0.0005
+SLOW_S = 4 * TURN_S
+SLICE_BYTES_MIN = 512
+# Answers that a client does not read, beyond what it is sent: then it is not read from either.
+ANSWERS_BYTES_MAX = 1 << 20
+READ_BYTES_MAX = 1 << 20  # more than a transport hands over at once
 SURPLUS_MAX = 64  # connections beyond clients_max that are told why they are refused; the next are just cut off
 
 
@@ -102,6 +111,7 @@ class MqttListener:
         self.surplus: set[Client] = set()  # beyond clients_max, and about to be told
         self.topics = TopicCache()
         self.properties = PropertiesCache()
+        self.encoders = Encoders(broker.router.identity)
         self.received = 0
         self.sent = 0
         self.stopping = False
@@ -160,6 +170,10 @@ class Client(asyncio.Protocol):
         self._permit: Permit | None = None
         self._login: asyncio.Task[None] | None = None
         self._deaf = False
+        self._rest = b""  # read, and to be looked at when others have had their turn
+        self._going_on = False
+        self._took_s = 0.0
+        self._slice_bytes = READ_BYTES_MAX
         self._refusals_logged = 0
         self.peer = "?"
         self.identity: CertificateIdentity | None = None  # who the client's certificate says it is, verified
@@ -188,13 +202,47 @@ class Client(asyncio.Protocol):
         self._set_timer()
 
     def data_received(self, data: bytes) -> None:
+        if self._rest:
+            self._rest += data
+        elif len(data) > self._slice_bytes:
+            self._rest = data
+            self._pause()
+            self._go_on()
+        else:
+            self._receive(data)
+
+    def _receive(self, data: bytes) -> None:
+        # By processor time: a machine that is busy with others makes no client look costly.
+        began = time.thread_time()
         self._take(self._conn.receive(data, self._loop.time()))
+        took = self._took_s = time.thread_time() - began
+        if took > SLOW_S:
+            self._slice_bytes = max(SLICE_BYTES_MIN, int(len(data) * TURN_S / took))
+        if self._congested and self._unread:
+            self._pause()
+
+    @property
+    def _unread(self) -> bool:
+        """Whether the client is sent answers, and reads none of them."""
+        return self._transport is not None and self._transport.get_write_buffer_size() > ANSWERS_BYTES_MAX
+
+    def _go_on(self) -> None:
+        """Look at the next slice. What makes it wait ends with `_resume`."""
+        self._going_on = False
+        if self._transport is None or self._held or self._deaf or self._conn.awaiting_verdict or self._unread:
+            return
+        data, self._rest = self._rest[: self._slice_bytes], self._rest[self._slice_bytes :]
+        # A client that was slow once, on a busy machine, is read whole again after a while.
+        self._slice_bytes = min(READ_BYTES_MAX, self._slice_bytes + (self._slice_bytes >> 5))
+        self._receive(data)
+        self._resume()
 
     def pause_writing(self) -> None:
         self._congested = True
 
     def resume_writing(self) -> None:
         self._congested = False
+        self._resume()
         if self._session is not None:
             self._broker.pump(self._session)
 
@@ -205,6 +253,9 @@ class Client(asyncio.Protocol):
             self._timer.cancel()
         if self._login is not None:
             self._login.cancel()
+        if self._rest and not self._conn.closing:
+            self._take(self._conn.receive(self._rest, self._loop.time()))
+        self._rest = b""
         self._take(self._conn.eof())
         self._leave()
         self._transport = None
@@ -341,7 +392,8 @@ class Client(asyncio.Protocol):
     def _append(self, messages: list[Published]) -> int:
         """Stage messages; return how many were dealt with, which is fewer only where the rest has to be held."""
         journal = self._journal
-        route_of = self._broker.router.route
+        journal.intake()
+        route_of, encoders = self._broker.router.route, self._listener.encoders
         packet_ids: list[bytes] = []
         may = None if self._permit is None else self._permit.publish
         at, count = 0, len(messages)
@@ -355,12 +407,14 @@ class Client(asyncio.Protocol):
                     continue
                 at = count
                 break
-            plain = qos < 2 and not retain and properties is None and topic[:1] != "$" and not self._marks_source
-            if plain and not route.wanted:
+            encode: Encode | None = None
+            if qos < 2 and not retain and topic[:1] != "$" and not self._marks_source:
+                encode = route.encode if properties is None else encoders.of(route, qos, properties)
+            if encode is not None and not route.wanted:
                 at += 1
-            elif plain and route.ttl_us is None:
+            elif encode is not None and route.ttl_us is None:
                 run = _run_of(messages, at)
-                done = journal.append_run(route.stream, topic, route.encode, [m[5] for m in run])
+                done = journal.append_run(route.stream, topic, encode, [m[5] for m in run])
                 if not done:
                     done = self._append_one(message, packet_ids)
                     if not done:
@@ -426,11 +480,15 @@ class Client(asyncio.Protocol):
         session: Session | None = None,
         repeat: bool = False,
     ) -> None:
-        """Have these answered after the commit, behind what came before them."""
+        """Have these answered behind what came before them; after the commit, unless they are refused."""
         if before:
             self._journal.wait(self, before.copy())
             before.clear()
-        self._journal.wait(self, _Answer(packet_ids, qos, reason, session, repeat))
+        answer = _Answer(packet_ids, qos, reason, session, repeat)
+        if reason and not repeat:
+            self._journal.tell(self, answer)  # nothing is staged for it
+        else:
+            self._journal.wait(self, answer)
 
     def _refusal(self, topic: str, payload: bytes, properties: PublishProperties | None) -> Reason | None:
         if topic.startswith("$SYS/"):
@@ -595,7 +653,7 @@ class Client(asyncio.Protocol):
         other = self._broker.sessions.get(client_id)
         if other is not None and isinstance(other.outlet, Client):
             other.outlet.taken_over()
-        session, present = self._broker.connect(connect, client_id, self._expiry, self)
+        session, present, lasts = self._broker.connect(connect, client_id, self._expiry, self)
         self._session = session
         told = self._expiry if connect.version == 5 and self._expiry != asked else None
         self._suspend_forbidden()
@@ -605,14 +663,14 @@ class Client(asyncio.Protocol):
             if self._session is session:
                 self._accept(session, present, assigned, told)
 
-        if session.durable or connect.will is not None:
+        if lasts:
             self._pause()  # the time to CONNECT is over; what is sent meanwhile waits in the socket
             self._journal.wait(self, accept)
         else:
             accept()
 
     def _accept(self, session: Session, present: bool, assigned: str | None, expiry_s: int | None) -> None:
-        """Session and will are on disk: the client is told that it has them."""
+        """Session and will are on disk, or their end is: the client is told that it has them."""
         connect = self._conn.connect
         information = None
         if connect is not None and connect.properties.request_response_information:
@@ -821,7 +879,12 @@ class Client(asyncio.Protocol):
             self._transport.pause_reading()
 
     def _resume(self) -> None:
-        if self._paused and not (self._held or self._deaf or self._conn.awaiting_verdict):
+        if self._paused and not (self._held or self._deaf or self._conn.awaiting_verdict or self._unread):
+            if self._rest:
+                if not self._going_on:
+                    self._going_on = True
+                    self._loop.call_later(self._took_s, self._go_on)  # as long as it took, others have the loop
+                return
             self._paused = False
             if self._transport is not None and not self._transport.is_closing():
                 self._transport.resume_reading()
@@ -855,12 +918,12 @@ def _ill_formed(filter: str) -> bool:
 
 
 def _run_of(messages: list[Published], at: int) -> list[Published]:
-    """The messages from `at` on that differ in nothing but packet id and payload: no properties, not retained."""
-    topic, qos = messages[at][0], messages[at][1]
+    """The messages from `at` on that differ in nothing but packet id and payload, and are not retained."""
+    topic, qos, properties = messages[at][0], messages[at][1], messages[at][6]
     end, count = at + 1, len(messages)
     while end < count:  # HOT: tests/bench, intake
         message = messages[end]
-        if message[0] is not topic or message[6] is not None or message[1] != qos or message[2]:
+        if message[0] is not topic or message[6] is not properties or message[1] != qos or message[2]:
             break
         end += 1
     return messages if end - at == count else messages[at:end]

@@ -20,11 +20,12 @@ from gateway.amqp.message import (
     message_id,
     user_properties,
 )
-from gateway.mqtt.codec import TEXT_MAX_BYTES, PublishProperties
+from gateway.mqtt.codec import TEXT_MAX_BYTES
+from gateway.mqtt.packets import PublishProperties
 from gateway.mqtt.topics import check_topic
 from gateway.replies import annotation
 from gateway.routing import DUPLICATE_PROPERTY, Route
-from storeforward.journal import Journal
+from storeforward.journal import Encode, Journal
 
 ANNOTATION_SOURCE = "x-opt-lineside-client"
 ANNOTATION_PAYLOAD_FORMAT = "x-opt-lineside-payload-format"
@@ -33,6 +34,34 @@ ANNOTATION_CONTENT_TYPE = "x-opt-lineside-content-type"
 TTL_MS_MAX = 0xFFFFFFFF
 _OURS = frozenset(DUPLICATE_PROPERTY.values())
 _NO_NUL = {0: "\ufffd"}
+
+
+class Encoders(dict[tuple[int, int], tuple[Route, PublishProperties, Encode | None]]):
+    """How messages of one topic with the very same properties are encoded, kept for the next ones. Bounded.
+
+    By the identity of both: what decodes PUBLISH gives the same object for the same bytes.
+    """
+
+    def __init__(self, identity: tuple[str, str], entries_max: int = 1024) -> None:
+        super().__init__()
+        self._identity = identity
+        self._entries_max = entries_max
+
+    def of(self, route: Route, qos: int, properties: PublishProperties) -> Encode | None:
+        """None where each message is its own: it expires, asks for a reply, or its payload has to be looked at."""
+        key = id(route), id(properties)
+        known = self.get(key)
+        if known is not None and known[0] is route and known[1] is properties:
+            return known[2]
+        encode: Encode | None = None
+        p = properties
+        own = p.message_expiry_interval, p.response_topic, p.correlation_data, route.ttl_us
+        if own == (None, None, None, None) and not p.payload_format_indicator:
+            encode = template_with(self._identity, route, qos, properties, 0)[0].encode
+        if len(self) >= self._entries_max:
+            self.clear()
+        self[key] = route, properties, encode
+        return encode
 
 
 def append_with(

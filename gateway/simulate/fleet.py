@@ -153,11 +153,11 @@ def _inbound(stream: str, where: str, topic: str) -> dict[str, Any]:
 
 
 class Daemon:
-    """One `lineside run`, as a process of its own. Its files are in `directory`/`name`."""
+    """One `lineside run`, as a process of its own. Its journal is in `directory`/`name`, or in `state`."""
 
-    def __init__(self, directory: Path, name: str, config: str) -> None:
+    def __init__(self, directory: Path, name: str, config: str, state: Path | None = None) -> None:
         self.name = name
-        self.state = directory / name
+        self.state = state or directory / name
         self._config = directory / f"{name}.toml"
         self._log = directory / f"{name}.log"
         self._process: asyncio.subprocess.Process | None = None
@@ -220,8 +220,8 @@ class Daemons:
         self._directory = directory
         self._started: list[Daemon] = []
 
-    async def start(self, name: str, config: str) -> Daemon:
-        daemon = Daemon(self._directory, name, config)
+    async def start(self, name: str, config: str, state: Path | None = None) -> Daemon:
+        daemon = Daemon(self._directory, name, config, state)
         self._started.append(daemon)
         await daemon.start()
         return daemon

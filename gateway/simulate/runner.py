@@ -213,10 +213,13 @@ class Simulation:
         self._publishers: list[tuple[Publisher, float]] = []
         self._returns = Returns()
         self._latencies = Latencies()
+        self._urgent = Latencies()
+        self._back_at = 0.0  # when the line last came back
         self._samples: list[Sample] = []
         self._marks: list[Mark] = []
         self._began = 0.0
         self._memory_bytes = 0
+        self._connections = 0
         self._ledger = 0
 
     async def run(self) -> Result:
@@ -330,6 +333,8 @@ class Simulation:
         self._tallies[name, number].arrived(count)
         if up:
             self._latencies.add(now - sent_us / 1e6)
+            if self.scenario.apps[number].class_ == "urgent":
+                self._urgent.add(now - max(self._back_at, sent_us / 1e6))
             self._returns.arrived(name, now)
 
     # ------------------------------------------------------------------ the timetable
@@ -366,13 +371,16 @@ class Simulation:
             if step.link == "flapping":
                 down = await self._flap(line, step, end_s, down)
                 continue
-            if down and not step.is_cut:
+            back = down and not step.is_cut
+            if back:
                 self._restored()
             if step.is_cut and not down:
                 self._returns.cut()
             down = step.is_cut
             self._mark(step.label)
             await asyncio.to_thread(line.apply, proxy.line_state(step))
+            if back:
+                await self._signal()
             if step.link == "half-open":
                 self._restored()  # whoever dials anew gets through: the rest is up to the gateway
                 down = False
@@ -384,6 +392,16 @@ class Simulation:
             self._restored()
         self._mark("up")
         await asyncio.to_thread(line.apply, proxy.LineState())
+        if down:
+            await self._signal()
+
+    async def _signal(self) -> None:
+        """What the kernel of a machine with a radio would tell: the line is back. A proxy's end is no news to it."""
+        if self.scenario.gateways.signal:
+            asked = (daemon.ask("network-changed", timeout_s=5.0) for daemon in self._gateways.values())
+            for answer in await asyncio.gather(*asked, return_exceptions=True):
+                if isinstance(answer, Exception) and not isinstance(answer, (DaemonStopped, ControlError)):
+                    raise answer
 
     async def _flap(self, line: proxy.FaultyLine, step: Step, end_s: float, down: bool) -> bool:
         """Open and closed in turn, beginning closed. Returns whether the line is down at the end."""
@@ -397,6 +415,8 @@ class Simulation:
                 self._restored()
             self._mark("flapping: closed" if down else "flapping: open")
             await asyncio.to_thread(line.apply, proxy.line_state(step, closed=down))
+            if not down:
+                await self._signal()
             await self._until(min(now_s + every_s, end_s))
         return down
 
@@ -417,7 +437,8 @@ class Simulation:
             name: [self._tallies[name, n] for n, app in enumerate(apps) if app.direction == "up" and app.qos]
             for name in self._gateways
         }
-        self._returns.restored(time.monotonic(), up, resumes=resumes)
+        self._back_at = time.monotonic()
+        self._returns.restored(self._back_at, up, resumes=resumes)
 
     def _mark(self, link: str) -> None:
         self._marks.append(Mark(time.monotonic() - self._began, link))
@@ -457,6 +478,7 @@ class Simulation:
         gateways = [status for status in statuses[: len(self._gateways)] if status is not None]
         outbound = [s for status in gateways for s in status["streams"] if s["direction"] == "outbound"]
         self._memory_bytes = max([self._memory_bytes, *(status["rss_bytes"] for status in gateways)])
+        self._connections = max([self._connections, *(status["hubs"][0]["connected"] for status in gateways)])
         self._ledger = sum(status["losses"] + status["dead"] for status in statuses if status is not None)
         interval = self._latencies.interval()
         sample = Sample(
@@ -483,6 +505,8 @@ class Simulation:
             quantile(acks, 0.99),
             self._latencies.p99,
             self._memory_bytes,
+            connections=self._connections,
+            urgent_p99_s=self._urgent.p99,
         )
         return Result(
             self.scenario,

@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
 
 from gateway import config as gateway_config
-from gateway.config import Name, TopicFilter
 from gateway.config_fields import from_value_error, read_document, seconds, size, toml_document, wrong
-from gateway.config_problems import ConfigErrors, Report
+from gateway.config_problems import ConfigErrors
+from gateway.config_report import Report
+from gateway.config_schema import Name, TopicFilter
 from gateway.config_values import HubUrl, parse_hub_url, show_duration
 from gateway.errors import ConfigError
 
@@ -100,6 +101,8 @@ class Gateways(_Table):
 
     count: Annotated[StrictInt, Field(ge=1, le=GATEWAYS_MAX)] = 1
     id: Name = "loco"
+    # Whether the machine notices that the line is back, as one with a radio does; behind a router it does not.
+    signal: StrictBool = True
     config: dict[str, dict[str, Any]] = Field(default={}, examples=[{}])
 
     @property
@@ -182,9 +185,13 @@ class Limits(_Table):
     )
     drain_s: Annotated[float | None, seconds(0.001, 86400)] = Field(default=None, alias="drain", examples=["5s"])
     slowest_ratio: Annotated[Rate, Field(ge=1)] | None = None
+    connections_per_cut: Annotated[Rate, Field(ge=0)] | None = None
     ack_p99_s: Annotated[float | None, seconds(0.001, 3600)] = Field(default=None, alias="ack_p99", examples=["1s"])
     latency_p99_s: Annotated[float | None, seconds(0.001, 86400)] = Field(
         default=None, alias="latency_p99", examples=["2s"]
+    )
+    urgent_p99_s: Annotated[float | None, seconds(0.001, 86400)] = Field(
+        default=None, alias="urgent_p99", examples=["2s"]
     )
     memory_bytes: Annotated[int, size(1 << 20)] | None = Field(default=None, alias="memory", examples=["128MiB"])
 
@@ -257,6 +264,8 @@ def _check_together(scenario: Scenario, report: Report) -> None:
             report.add(("step", number, "link"), "another word, as a hub given by its URL is not ours to restart")
         if step.jitter_s > step.latency_s:
             report.add(("step", number, "jitter"), "at most the latency")
+    if scenario.limits.urgent_p99_s is not None and not any(app.class_ == "urgent" for app in scenario.ways("up")):
+        report.add(("limits", "urgent_p99"), 'an app with class = "urgent" that it is about')
     if not scenario.ways("up"):
         report.add(("app",), 'at least one app with direction "up", as the verdict is about its messages')
     seen: dict[str, int] = {}

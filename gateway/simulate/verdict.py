@@ -54,6 +54,8 @@ class Measured:
     ack_p99_s: float | None
     latency_p99_s: float | None
     memory_bytes: int
+    connections: int = 0  # how often the link of one gateway came up, at most
+    urgent_p99_s: float | None = None  # of urgent messages, counted from the line's return where that came later
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,8 @@ def judge(measured: Measured, limits: Limits) -> tuple[Judgement, ...]:
     resumes = [each for cut in measured.cuts for each in cut.resume_s]
     drains = [each for cut in measured.cuts for each in cut.drain_s]
     ratios = [ratio for cut in measured.cuts if (ratio := slowest_ratio(cut)) is not None]
+    # The first one is not because of a cut.
+    connections = max(0, measured.connections - 1) / max(1, len(measured.cuts))
     rows: list[tuple[str, str, str, float | None, float | None]] = [
         ("P1", "not acknowledged", "messages", sum(way.unacknowledged for way in ways), limits.unacknowledged),
         ("P1", "acknowledged within, p99", "s", measured.ack_p99_s, limits.ack_p99_s),
@@ -104,7 +108,9 @@ def judge(measured: Measured, limits: Limits) -> tuple[Judgement, ...]:
         ("line", "traffic again after, p99", "s", quantile(resumes, 0.99), limits.resume_p99_s),
         ("line", "backlog delivered after", "s", max(drains, default=None), limits.drain_s),
         ("line", "slowest gateway to the median", "times", max(ratios, default=None), limits.slowest_ratio),
+        ("line", "connections of a gateway a cut", "times", connections, limits.connections_per_cut),
         ("line", "on the way, p99", "s", measured.latency_p99_s, limits.latency_p99_s),
+        ("line", "urgent, on the way or since the line is back, p99", "s", measured.urgent_p99_s, limits.urgent_p99_s),
     ]
     judged = [
         Judgement(promise, what, unit, value, limit, value is None or value <= limit)

@@ -31,13 +31,14 @@ from paho.mqtt.enums import CallbackAPIVersion
 from gateway.control_client import ControlError, DaemonStopped
 from gateway.errors import ConfigError, LinesideError
 from gateway.faultlink import FaultLink, Line
-from gateway.simulate import disk
+from gateway.simulate import cutdisk, cutmount, disk
 from gateway.simulate.fleet import HUB, SUBSCRIBE_S_MAX, Daemon, Daemons, address, attached, hub_config, toml_of
 from gateway.simulate.proxy import free_ports
 
 STATE_FILE = "verify.json"
 RECORD_FILE = "record"
 GATEWAY = "verify"
+FORGETFUL = "forgetful"
 STREAM = "numbers"
 TOPIC = "verify/numbers"
 WINDOW = 50
@@ -49,9 +50,12 @@ PACE_S = 0.002
 WRITE_S = 0.01
 CYCLES_MAX = 1_000_000
 MISSING_SHOWN = 10
-# The hub sends a client at most so many unacknowledged messages ([mqtt] send_window); so many go again when it dies.
+# The hub sends a client at most so many unacknowledged messages ([mqtt] send_window); so many go again when it dies,
 HUB_WINDOW = 100
-DUPLICATES_MAX = WINDOW + HUB_WINDOW  # of one cycle
+# and those that the client acknowledged and the hub had not yet written: 64 ask for a commit, and at this pace no more
+# than so many come while a disk takes half a second for it.
+HUB_UNWRITTEN = 64 + int(0.5 / PACE_S)
+DUPLICATES_MAX = WINDOW + HUB_WINDOW + HUB_UNWRITTEN  # of one cycle
 # Numbers that a run published just before it ended, and of which nothing was recorded, may still be under way: the
 # next run stays clear of them.
 RESUME_GAP = 1_000_000
@@ -64,6 +68,7 @@ class Blow(Enum):
     KILL_HUB = "hub killed"
     CUT = "line cut, silent"
     CLOSE = "line cut, with a FIN"
+    POWER = "power cut"
 
 
 WEIGHTS = {Blow.KILL_GATEWAY: 4, Blow.KILL_HUB: 2, Blow.CUT: 2, Blow.CLOSE: 1}
@@ -85,6 +90,8 @@ class Tried:
     duplicates_max: int = 0  # in one cycle
     reordered: int = 0
     unaccounted: int = 0
+    power_cuts: int = 0  # of the cycles, those after which the disk had forgotten what was not synced
+    no_power_cuts: str | None = None  # why there were none
     interrupted: int = 0  # cycles that the end of a run cut short; their record was judged on resuming
     blows: dict[str, int] = field(default_factory=dict)
     missing: list[int] = field(default_factory=list)  # the first few, for whoever looks into it
@@ -272,11 +279,23 @@ class Apps:
 
 
 class Verify:
-    """One run in `directory`. `show(tried, blow)` is called before each blow and after each cycle (blow None)."""
+    """One run in `directory`. `show(tried, blow)` is called before each blow and after each cycle (blow None).
 
-    def __init__(self, directory: Path, cycles: int, resume: bool, show: Callable[[Tried, Blow | None], None]) -> None:
+    After `cycles` on the disk itself come `power_cuts` on one that forgets, where one can be mounted: the real one can
+    only be believed or unplugged.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        cycles: int,
+        resume: bool,
+        show: Callable[[Tried, Blow | None], None],
+        power_cuts: int = 0,
+    ) -> None:
         self.directory = directory.absolute()  # a relative state_dir would be taken from the configuration's directory
         self.cycles = cycles
+        self.power_cuts = power_cuts
         self._show = show
         self.tried = self._claim(resume)
         self._ports: list[int] = []
@@ -324,8 +343,10 @@ class Verify:
                 raise LinesideError(f"the consumer could not subscribe within {SUBSCRIBE_S_MAX:g} s")
             if left:
                 await self._finish_interrupted(left, apps, gateway, hub)
-            while self.tried.cycles < self.cycles:
+            while self.tried.cycles - self.tried.power_cuts < self.cycles:
                 await self._cycle(apps, gateway, hub, link)
+            state = str(self.directory / FORGETFUL / "disk" / "state")
+            await self._cut_power(apps, gateway, hub, _config(state, mqtt, link.port))
             pragmas = await asyncio.to_thread(disk.read_pragmas, self.directory / GATEWAY / "journal.db")
         finally:
             if apps is not None:
@@ -334,6 +355,34 @@ class Verify:
             if link is not None:
                 await link.stop()
         return await asyncio.to_thread(disk.examine, self.directory, syncs, pragmas)
+
+    async def _cut_power(self, apps: Apps, gateway: Daemon, hub: Daemon, config: str) -> None:
+        """The gateway once more, on a disk that forgets what was not synced."""
+        tried = self.tried
+        if tried.power_cuts >= self.power_cuts:
+            return
+        tried.no_power_cuts = cutmount.missing()
+        if tried.no_power_cuts is not None:
+            return
+        await gateway.stop()
+        forgetful = await asyncio.to_thread(cutmount.CutMount, self.directory / FORGETFUL)
+        try:
+            gateway = await self._daemons.start(f"{GATEWAY}-power", config, forgetful.path / "state")
+            while tried.power_cuts < self.power_cuts:
+                chance = random.Random(f"{tried.seed}/{tried.cycles}")
+                self._show(tried, Blow.POWER)
+                apps.running = True
+                await asyncio.sleep(chance.uniform(RUN_S_MIN, RUN_S_MAX))
+                await gateway.kill()
+                keep = chance.choice(list(cutdisk.Keep)).value
+                await asyncio.to_thread(forgetful.ask, "cut", keep=keep, seed=chance.randrange(1 << 32))
+                await gateway.start()
+                tried.power_cuts += 1
+                await self._end_cycle(Blow.POWER, apps, gateway, hub)
+            await gateway.stop()
+        finally:
+            await gateway.kill()  # before its files go
+            await asyncio.to_thread(forgetful.stop)
 
     async def _finish_interrupted(self, left: list[tuple[str, int]], apps: Apps, gateway: Daemon, hub: Daemon) -> None:
         """Hold the record of a cycle that never ended against what arrived before and arrives now."""
@@ -355,6 +404,9 @@ class Verify:
             link.cut(Line.TUNNEL if blow is Blow.CUT else Line.CLOSED)
             await asyncio.sleep(chance.uniform(AWAY_S_MIN, AWAY_S_MAX))
             link.restore()
+        await self._end_cycle(blow, apps, gateway, hub)
+
+    async def _end_cycle(self, blow: Blow, apps: Apps, gateway: Daemon, hub: Daemon) -> None:
         apps.running = False
         self.tried.blows[blow.value] = self.tried.blows.get(blow.value, 0) + 1
         await self._judge(apps, gateway, hub, [])
@@ -403,8 +455,9 @@ class Verify:
 
     def remove(self) -> None:
         """Take away what this run made, and nothing else."""
-        for name in (GATEWAY, HUB):
+        for name in (GATEWAY, HUB, FORGETFUL):
             shutil.rmtree(self.directory / name, ignore_errors=True)
+        for name in (GATEWAY, HUB, f"{GATEWAY}-power"):
             for suffix in ("toml", "log"):
                 (self.directory / f"{name}.{suffix}").unlink(missing_ok=True)
         for name in (RECORD_FILE, STATE_FILE):

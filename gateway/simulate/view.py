@@ -104,8 +104,8 @@ def amount(value: float | None, unit: str) -> str:
 def print_verdict(console: Console, result: Result) -> None:
     """The messages, the promises and the last word."""
     table = Table(title="Messages", title_justify="left")
-    for name in ("app", "direction", "published", "delivered", "lost", "duplicates", "reordered"):
-        table.add_column(name, justify="left" if name in ("app", "direction") else "right")
+    for name in ("app", "way", "published", "delivered", "lost", "duplicates", "reordered"):
+        table.add_column(name, justify="left" if name in ("app", "way") else "right")
     for way in result.measured.ways:
         figures = (way.published, way.delivered, way.lost, way.duplicates, way.reordered)
         table.add_row(way.app, way.direction, *(f"{figure:,}" for figure in figures))

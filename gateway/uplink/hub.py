@@ -1,50 +1,34 @@
-"""The driver of one hub's link: dials, watches deadlines, attaches a link a stream, and moves what the cores decide.
+"""The driver of one hub's link: keeps dialling, watches, attaches a link a stream, and moves what the cores decide.
 
-Reads the loop's clock and owns the sockets of its hub. What to dial when is `state`'s decision, what to send when is
-`drain`'s, what to settle when is `intake`'s.
+Reads the loop's clock. One connection from dialling on is `attempt`'s, what to dial when is `state`'s decision, what to
+send when is `drain`'s, what to settle when is `intake`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
-import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from gateway.amqp.driver import AmqpProtocol
-from gateway.amqp.engine import (
-    Authenticated,
-    Credit,
-    Deliveries,
-    Durability,
-    Engine,
-    Event,
-    Expiry,
-    Failed,
-    LinkAttached,
-    LinkClosed,
-    Opened,
-    Receiver,
-    RemoteClosed,
-    Sender,
-    Settled,
-    Terminus,
-)
+from gateway.amqp.engine import Receiver, Sender
+from gateway.amqp.events import Credit, Deliveries, Event, LinkAttached, LinkClosed, Settled
 from gateway.amqp.message import Message
-from gateway.amqp.sasl import SaslClient
-from gateway.config import Hub, HubUrl, Inbound, Outbound
+from gateway.amqp.termini import Durability, Expiry, Terminus
+from gateway.config import Hub, Inbound, Outbound
 from gateway.errors import PeerError
 from gateway.mqtt.topics import check_topic
 from gateway.replies import Inlet, Requests
+from gateway.uplink.attempt import Attempt, HubTls
 from gateway.uplink.drain import Drain
+from gateway.uplink.fair import Class, Fair, Queue
 from gateway.uplink.intake import Intake, Retain
+from gateway.uplink.pace import LOOK_S_MIN, Bucket, Gauge, chunk_bytes
 from gateway.uplink.quirks import advice
-from gateway.uplink.state import ATTEMPTS_MAX, Failure, LinkState, State
-from gateway.uplink.tcp import silent_ms
+from gateway.uplink.state import ATTEMPTS_MAX, STAGGER_S, Failure, LinkState, State
 from storeforward.journal import Journal
 from storeforward.streams import Stream
 
@@ -52,7 +36,18 @@ log = logging.getLogger("lineside.uplink")
 
 WATCH_S = 0.25
 SILENT_MS_MAX = 3000
+# Of attempts that are connected: as many as begin within the deadline of the first at the shortest distance.
+CONNECTED_MAX = 16
+# A slow line may need longer than that for what the kernel sends in one go.
+SILENT_BYTES = 6000
+HANDSHAKE_BYTES = 4000  # of ours, with TLS and certificates
+# Of one connection: what may be without an answer before streams that are not urgent wait.
+WINDOW_BYTES_MAX = 32 << 20
+QUANTUM_BYTES = 64 << 10
+_URGENCY = [each.value for each in Class]
 REATTACH_S_MIN, REATTACH_S_MAX = 1.0, 60.0
+# A connection that ends so soon behind one of its links most likely ended because of it.
+CONSEQUENCE_S = 1.0
 
 
 @dataclass(eq=False, slots=True)
@@ -67,12 +62,19 @@ class _Way:
     attach_by: float | None = None
     reattach_at: float | None = None
     reattach_s: float = REATTACH_S_MIN
+    attached_at: float = 0.0
+    closed_at: float = 0.0  # by the hub
+    took: bool = False  # whether the hub has settled anything since
     error: str | None = field(default=None)
     advice: str | None = None
+    queue: Queue | None = None
+    progress_at: float = 0.0  # when bytes of what it has in flight were last carried
 
     def note(self, gateway: str) -> str | None:
         """What the operator should know though nothing is broken."""
         drain = self.drain
+        if drain is not None and drain.held_back:
+            return f"{self.config.address_for(gateway)}: the hub gives no credit: no room there, or it holds senders up"
         if drain is None or not drain.given_back:
             return self.advice
         return (
@@ -94,25 +96,42 @@ class HubLink:
         kick: Callable[[], None],
         retain: Retain | None = None,
         requests: Requests | None = None,
+        clock_doubt: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._retain = retain
         self._requests = requests
+        self.clock_doubt = clock_doubt
         self.hub = hub
+        self._tls = HubTls(hub)
         self.gateway = gateway
         self.journal = journal
         self._kick = kick
         self._answers = next((o.answers for o in outbound if o.answers is not None), None)
         self._loop = asyncio.get_running_loop()
+        # On a slow line a handshake takes its time, and attempts that overlap would only delay one another.
+        stagger_s = STAGGER_S if hub.rate is None else max(STAGGER_S, HANDSHAKE_BYTES / hub.rate)
         self.state = LinkState(
-            [str(u) for u in hub.urls], random.Random(), self._loop.time(), hub.retry_min_s, hub.retry_max_s
+            [str(u) for u in hub.urls],
+            random.Random(),
+            self._loop.time(),
+            hub.retry_min_s,
+            hub.retry_max_s,
+            stagger_s,
         )
         self._urls = {str(u): u for u in hub.urls}
         self._ways = [
-            _Way(c, s := journal.streams[c.stream], Drain(journal, s, s.cursors["uplink"], hub.window))
-            for c in outbound
+            _Way(c, s := journal.streams[c.stream], Drain(journal, s, s.cursors["uplink"], hub.window, shared=True))
+            for c in sorted(outbound, key=lambda each: _URGENCY.index(each.class_))
         ] + [_Way(c, journal.streams[c.stream], None) for c in inbound]
-        self._attempts: dict[_Attempt, None] = {}
-        self._active: _Attempt | None = None
+        self._fair = Fair(hub.shares)
+        for way in self._ways:
+            if isinstance(way.config, Outbound):
+                way.queue = self._fair.add(Class(way.config.class_), way)
+        self._bucket = None if hub.rate is None else Bucket(hub.rate, self._loop.time())
+        self._gauge = Gauge(self._loop.time(), rate_max=hub.rate or math.inf)
+        self._pump_timer: asyncio.TimerHandle | None = None
+        self._attempts: dict[Attempt, None] = {}
+        self._active: Attempt | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._watch_timer: asyncio.TimerHandle | None = None
         self._failing_back = False
@@ -127,7 +146,7 @@ class HubLink:
 
     def stop(self) -> None:
         self.state.stop(self._loop.time())
-        for timer in (self._timer, self._watch_timer):
+        for timer in (self._timer, self._watch_timer, self._pump_timer):
             if timer is not None:
                 timer.cancel()
         for attempt in list(self._attempts):
@@ -136,6 +155,9 @@ class HubLink:
             task.cancel()
         if self._active is not None and self._active.protocol is not None:
             self._active.protocol.close()
+        for way in self._ways:
+            if way.drain is not None:
+                self.journal.hold(way.stream, False, self._loop.time())
 
     def committed(self) -> None:
         """The journal has more, or knows more of what was settled."""
@@ -144,6 +166,7 @@ class HubLink:
         now = self._loop.time()
         for way in self._ways:
             self._wake(way, now)
+        self._pump(now)
 
     def network_changed(self) -> None:
         self.state.network_changed(self._loop.time())
@@ -158,13 +181,29 @@ class HubLink:
             "state": status.state.value,
             "url": status.url,
             "since_s": round(now - status.since, 3),
+            "dialled": self.state.dialled,
+            "connected": self.state.connected,
             "error": status.error or (errors[0] if errors else None),
             "notes": [note for w in self._ways if (note := w.note(self.gateway)) is not None],
+            "rate_limit_bytes_s": None if self.hub.rate is None else round(self.hub.rate),
+            "rate_bytes_s": None if self._gauge.rate is None else round(self._gauge.rate),
+            "line_bytes_max": self._gauge.limit,
             "retry_in_s": None if status.retry_at is None else round(max(0.0, status.retry_at - now), 3),
         }
 
-    def in_flight(self) -> dict[str, int]:
-        return {w.stream.name: w.drain.in_flight for w in self._ways if w.drain is not None}
+    def streams(self) -> dict[str, dict[str, Any]]:
+        """Of each outbound stream: its class and share, and what it has in flight."""
+        return {
+            way.stream.name: {
+                "class": way.queue.class_.value,
+                "share": self.hub.shares.of(way.queue.class_.value),
+                "in_flight": way.drain.in_flight,
+                "in_flight_bytes": way.drain.in_flight_bytes,
+                "sent_bytes": way.queue.sent_bytes,
+            }
+            for way in self._ways
+            if way.drain is not None and way.queue is not None
+        }
 
     # ------------------------------------------------------------------ dialling
 
@@ -184,17 +223,20 @@ class HubLink:
         elif self.state.state is not State.STOPPED:
             self._make_way_for_another()
             url = self.state.dial(now)
-            attempt = _Attempt(self, self._urls[url])
+            attempt = Attempt(self, self.hub, self._tls, self._urls[url], self.gateway)
             self._attempts[attempt] = None
             self._spawn(attempt.run())
         self._schedule()
 
     def _make_way_for_another(self) -> None:
-        """Of too many attempts the oldest without an answer goes; one that is connected gets more patience."""
-        unconnected = [a for a in self._attempts if a.protocol is None]
-        if len(unconnected) >= ATTEMPTS_MAX:
-            oldest = unconnected[0]
-        elif len(self._attempts) >= 2 * ATTEMPTS_MAX:
+        """Of too many attempts the oldest that is not connected goes; one that is has its deadlines.
+
+        A hub that is slow to answer must not be hung up on again and again before it does.
+        """
+        unanswered = [a for a in self._attempts if not a.reached]
+        if len(unanswered) >= ATTEMPTS_MAX:
+            oldest = unanswered[0]
+        elif len(self._attempts) >= CONNECTED_MAX:
             oldest = next(iter(self._attempts))
         else:
             return
@@ -213,7 +255,7 @@ class HubLink:
         try:
             async with asyncio.timeout(self.hub.connect_timeout_s):
                 _, writer = await asyncio.open_connection(
-                    url.host, url.port, ssl=self.context(url), server_hostname=url.host if url.tls else None
+                    url.host, url.port, ssl=self._tls.context(url), server_hostname=url.host if url.tls else None
                 )
         except (OSError, ValueError, TimeoutError) as error:
             log.debug("first address still away", extra={"hub": self.hub.name, "url": str(url), "error": str(error)})
@@ -224,73 +266,53 @@ class HubLink:
             if way.drain is not None:
                 way.drain.paused = True
 
-    def context(self, url: HubUrl) -> ssl.SSLContext | None:
-        """Made anew for every attempt, so that renewed files are used without a restart."""
-        if not url.tls:
-            return None
-        from security.tls import client_context  # OpenSSL is memory that a link on loopback need not spend
-
-        return client_context(self.hub.ca, self.hub.cert, self.hub.key, self.hub.crl)
-
-    def engine(self, url: HubUrl) -> Engine:
-        hub = self.hub
-        password = _password(hub.password_file)
-        offered = {
-            "external": ["EXTERNAL"],
-            "plain": ["PLAIN"],
-            "anonymous": ["ANONYMOUS"],
-            "auto": ["EXTERNAL"] * bool(hub.cert and url.tls)
-            + ["PLAIN"] * bool(hub.user and password is not None)
-            + ["ANONYMOUS"] * (hub.user is None),
-        }[hub.sasl]
-        return Engine(
-            server=False,
-            container=self.gateway,
-            hostname=url.host,
-            sasl=SaslClient(offered, hub.user, password, url.host),
-            idle_timeout_s=hub.idle_timeout_s,
-        )
-
     # ------------------------------------------------------------------ what attempts report
 
-    def attempt_failed(self, attempt: _Attempt, failure: Failure, error: str) -> None:
+    def attempt_failed(self, attempt: Attempt, failure: Failure, error: str, waited_s: float) -> None:
         self._attempts.pop(attempt, None)
         if self.state.state is not State.CONNECTING:
             return
         if error != self.state.error:
             log.warning("hub not reached", extra={"hub": self.hub.name, "url": str(attempt.url), "error": error})
-        self.state.attempt_failed(self._loop.time(), failure, error)
+        self.state.attempt_failed(self._loop.time(), failure, error, waited_s)
         self._schedule()
 
-    def opened(self, attempt: _Attempt) -> bool:
+    def opened(self, attempt: Attempt) -> bool:
         """The first attempt that is open wins; the others go."""
         self._attempts.pop(attempt, None)
         if self.state.state is not State.CONNECTING:
             return False
         now = self._loop.time()
         self._active = attempt
+        # The same line, most likely: a narrow one is not flooded first.
+        self._gauge = Gauge(now, self._gauge.limit, self.hub.rate or math.inf)
         self.state.opened(now, str(attempt.url))
         for other in list(self._attempts):
             other.abort()
         self._attempts.clear()
         log.info("hub link up", extra={"hub": self.hub.name, "url": str(attempt.url)})
         for way in self._ways:
-            way.reattach_s = REATTACH_S_MIN
-            self._attach(way, now)
+            if way.reattach_at is None or now >= way.reattach_at:
+                self._attach(way, now)
         self._schedule()
         return True
 
-    def lost(self, attempt: _Attempt, error: str, failure: Failure) -> None:
+    def lost(self, attempt: Attempt, error: str, failure: Failure) -> None:
         if attempt is not self._active:
             return
         self._active = None
         self._failing_back = False
+        now = self._loop.time()
         for way in self._ways:
             self._unlink(way)
-            way.reattach_at = None
+            # Some hubs end the connection for what is still on its way to a link that they closed: a queue that is
+            # full would have it end at once, again and again, under the other streams. Its link waits its time out.
+            if now - way.closed_at > CONSEQUENCE_S:
+                way.reattach_at = None
+                way.reattach_s = REATTACH_S_MIN
         if self.state.state is State.UP:
             log.warning("hub link lost", extra={"hub": self.hub.name, "url": str(attempt.url), "error": error})
-            self.state.lost(self._loop.time(), error, failure)
+            self.state.lost(now, error, failure)
             self._schedule()
 
     def _unlink(self, way: _Way) -> None:
@@ -300,6 +322,10 @@ class HubLink:
         if way.drain is not None:
             way.drain.detached()
             way.drain.paused = False
+            self.journal.hold(way.stream, False, self._loop.time())
+        if way.queue is not None:
+            way.queue.cut()
+            self._fair.rest(way.queue)
 
     # ------------------------------------------------------------------ links
 
@@ -353,6 +379,7 @@ class HubLink:
                     self._link_closed(link, condition, description, now)
                 case _:
                     pass
+        self._pump(now)
 
     def _wake(self, way: _Way, now: float) -> None:
         drain = way.drain
@@ -360,8 +387,14 @@ class HubLink:
             return
         before, given_back = drain.settled, drain.given_back
         if drain.wake(now):
+            way.reattach_s = REATTACH_S_MIN
+            way.took = True
+            drain.window = min(self.hub.window, 2 * drain.window)
             self.state.settled()
             self.settled += drain.settled - before
+        if way.queue is not None and drain.has_more:
+            way.queue.filled(now)
+            self._fair.wake(way.queue)
         if drain.given_back and not given_back:
             log.warning(
                 "the hub gives messages back",
@@ -370,14 +403,85 @@ class HubLink:
         if self.journal.pending:
             self._kick()
 
+    # ------------------------------------------------------------------ whose turn it is
+
+    def _pump(self, now: float) -> None:
+        self._take_turns(now)
+        for way in self._ways:
+            if way.drain is not None:
+                # Only now is it known whether all that was written has been sent.
+                self.journal.hold(way.stream, way.drain.flows, now)
+        if self.journal.pending:
+            self._kick()
+
+    def _take_turns(self, now: float) -> None:
+        """Hand to the line what it takes now, by turns."""
+        fair, attempt = self._fair, self._active
+        if not fair.waiting or attempt is None or attempt.protocol is None:
+            return
+        gauge, bucket, protocol = self._gauge, self._bucket, attempt.protocol
+        attempt.observe(gauge, bucket, now)
+        # `least`: less room than this is not worth a part of a message.
+        limit, least = gauge.limit, chunk_bytes(gauge.limit)
+        if bucket is not None:
+            limit, least = min(limit, bucket.burst), min(least, bucket.burst * 9 // 10)
+        fair.quantum = max(least, min(QUANTUM_BYTES, limit))
+        in_flight = sum([way.drain.in_flight_bytes for way in self._ways if way.drain is not None])
+        while fair.waiting:
+            room = gauge.room() if bucket is None else min(gauge.room(), bucket.level(now) - protocol.handed_bytes)
+            if room < least:
+                room = min(0, room)
+            turn = fair.next(now, room, limit, urgent_only=in_flight >= WINDOW_BYTES_MAX)
+            if turn is None:
+                self._look_again(now, least)
+                return
+            way: _Way = turn.queue.owner
+            drain = way.drain
+            assert drain is not None
+            size = drain.send(now, turn.size_bytes, attempt.handed_bytes)
+            if drain.caught_up:
+                turn.queue.emptied()
+            attempt.handed_bytes += size
+            protocol.handed_bytes += size
+            in_flight += size
+            gauge.handed(size)
+            fair.sent(turn.queue, size, now)
+            if not size and drain.feeding:
+                self._look_again(now, least)
+
+    def _look_again(self, now: float, least: int) -> None:
+        """The line is full and somebody waits: nobody tells when there is room again."""
+        gauge, bucket = self._gauge, self._bucket
+        at = now + LOOK_S_MIN
+        if gauge.room() < least:
+            gauge.held_up(now)
+            at = gauge.look_at(now)
+        if bucket is not None:
+            at = max(at, bucket.ready_at(now, least))
+        if self._pump_timer is not None:
+            self._pump_timer.cancel()
+        self._pump_timer = self._loop.call_at(at, self._pump_again)
+
+    def _pump_again(self) -> None:
+        self._pump_timer = None
+        attempt = self._active
+        if attempt is None or attempt.protocol is None:
+            return
+        for way in self._ways:
+            if way.queue is not None and way.drain is not None and way.drain.feeding:
+                self._fair.wake(way.queue)
+        attempt.protocol.guarded(self._pump, self._loop.time())
+
     def _attached(self, link: Sender | Receiver, now: float) -> None:
         way: _Way = link.context
         way.attach_by = None
         way.error = None
-        way.reattach_s = REATTACH_S_MIN
+        way.attached_at, way.took = now, False
         if isinstance(link, Sender):
             assert way.drain is not None
             way.drain.attached(link, now)
+            if way.queue is not None and way.drain.caught_up:
+                way.queue.emptied()
             self._wake(way, now)
         else:
             assert isinstance(way.config, Inbound)
@@ -416,6 +520,13 @@ class HubLink:
         self._unlink(way)
         address = way.config.address_for(self.gateway)
         way.error = f"{address}: {condition or 'link closed'}{': ' + description if description else ''}"
+        if way.closed_at < way.attached_at < now - way.reattach_s:
+            way.reattach_s = REATTACH_S_MIN  # it stood for long enough
+        if way.drain is not None and way.closed_at < way.attached_at and not way.took:
+            # It took nothing of all that was sent, as a queue may that has room for some of it: less at a time, then.
+            waiting = way.stream.committed - way.drain.cursor.position
+            way.drain.window = max(1, min(waiting, way.drain.window) // 8)
+        way.closed_at = now
         way.reattach_at = now + way.reattach_s
         way.reattach_s = min(REATTACH_S_MAX, way.reattach_s * 2)
         log.error(
@@ -440,13 +551,14 @@ class HubLink:
                 self._attach(way, now)
             if way.drain is not None and way.drain.resend_at() is not None:
                 self._wake(way, now)
+                self._pump(now)
             if way.intake is not None and way.intake.held:
                 way.intake.retry()
                 self._kick()
         if self._failing_back and not any(w.drain.in_flight for w in self._ways if w.drain is not None):
             self._fail_back(attempt, now)
 
-    def _fail_back(self, attempt: _Attempt, now: float) -> None:
+    def _fail_back(self, attempt: Attempt, now: float) -> None:
         log.info("going back to the first address", extra={"hub": self.hub.name, "url": str(self.hub.urls[0])})
         self._active = None
         self._failing_back = False
@@ -456,159 +568,22 @@ class HubLink:
         self.state.fail_back(now)
         self._schedule()
 
-    def _fault(self, attempt: _Attempt, now: float) -> str | None:
+    def _fault(self, attempt: Attempt, now: float) -> str | None:
         """Whether the connection is dead though nobody said so."""
+        carried, moving = attempt.carried()
         for way in self._ways:
             if way.attach_by is not None and now > way.attach_by:
                 return f"no answer to the attach of {way.config.address_for(self.gateway)}"
             since = None if way.drain is None else way.drain.stalled_since()
+            if since is not None and way.drain is not None:
+                # The peer cannot answer for what the line still carries, however slowly, as long as it does.
+                end = way.drain.oldest_end
+                if moving and (way.drain.feeding or (end is not None and end > carried)):
+                    way.progress_at = now
+                since = max(since, way.progress_at)
             if since is not None and now - since > self.hub.settle_timeout_s:
                 return f"nothing settled for {self.hub.settle_timeout_s:g} s on {way.config.address_for(self.gateway)}"
         silent = attempt.silent_ms()
-        if silent > SILENT_MS_MAX:
+        if silent > max(SILENT_MS_MAX, 0 if self.hub.rate is None else SILENT_BYTES * 1000 / self.hub.rate):
             return f"the line is silent: nothing acknowledged for {silent} ms"
         return None
-
-
-class _Attempt:
-    """One connection, from dialling on. Reports to its HubLink once how it ended."""
-
-    def __init__(self, owner: HubLink, url: HubUrl) -> None:
-        self.owner = owner
-        self.url = url
-        self.protocol: AmqpProtocol | None = None
-        self._open = False
-        self.peer: Mapping[str, object] = {}
-        self._over = False
-        self._reason: tuple[str, Failure] | None = None
-        self._deadline: asyncio.TimerHandle | None = None
-        self._loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[Any] | None = None
-        self._outstanding_since: float | None = None
-
-    async def run(self) -> None:
-        hub, url = self.owner.hub, self.url
-        self._task = asyncio.current_task()
-        try:
-            context = self.owner.context(url)
-            engine = self.owner.engine(url)
-        except (OSError, ValueError) as error:
-            self._end(str(error), Failure.AUTHENTICATION)
-            return
-        try:
-            async with asyncio.timeout(hub.connect_timeout_s):
-                await self._loop.create_connection(
-                    lambda: AmqpProtocol(lambda transport: engine, self, self._ready),
-                    url.host,
-                    url.port,
-                    ssl=context,
-                    server_hostname=url.host if url.tls else None,
-                    ssl_handshake_timeout=hub.connect_timeout_s if url.tls else None,
-                )
-        except ssl.SSLCertVerificationError as error:
-            self._end(f"the hub's certificate: {error.verify_message}", Failure.AUTHENTICATION)
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
-            self._end(f"TLS: the connection ended in the handshake: {error.reason or error}", Failure.UNREACHABLE)
-        except ssl.SSLError as error:
-            self._end(f"TLS: {error.reason or error}", Failure.HANDSHAKE)
-        except TimeoutError:
-            self._end(f"no connection within {hub.connect_timeout_s:g} s", Failure.UNREACHABLE)
-        except OSError as error:
-            self._end(f"no connection: {error.strerror or error}", Failure.UNREACHABLE)
-
-    def _ready(self, protocol: AmqpProtocol) -> None:
-        self.protocol = protocol
-        if self._over:
-            protocol.abort()
-            return
-        protocol.engine.open()
-        self._stage("SASL", self.owner.hub.sasl_timeout_s)
-
-    def _stage(self, what: str, timeout_s: float) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = self._loop.call_later(
-            timeout_s, self.fail, f"no answer within {timeout_s:g} s ({what})", Failure.HANDSHAKE
-        )
-
-    def on_events(self, engine: Engine, events: list[Event]) -> None:
-        for event in events:
-            match event:
-                case Authenticated():
-                    self._stage("open", self.owner.hub.open_timeout_s)
-                case Opened(properties=properties) if not self._open:
-                    self.peer = properties
-                    if self._deadline is not None:
-                        self._deadline.cancel()
-                    self._open = True
-                    if not self.owner.opened(self):
-                        self._over = True
-                        self.abort()
-                        return
-                case Failed(condition, description, auth):
-                    failure = Failure.AUTHENTICATION if auth else Failure.HANDSHAKE
-                    self._reason = (f"{condition}: {description}", failure)
-                case RemoteClosed(condition, description):
-                    text = f"the hub closed: {condition or 'no condition'} {description or ''}".rstrip()
-                    refused = condition == "amqp:unauthorized-access"
-                    self._reason = (text, Failure.AUTHENTICATION if refused else Failure.HANDSHAKE)
-                case _:
-                    pass
-        if self._open and not self._over:
-            self.owner.on_events(events)
-
-    def on_lost(self, error: Exception | None) -> None:
-        # Closed before it said a word, that was not the hub but something on the way to it (a proxy, a carrier's NAT).
-        heard = self.protocol is not None and self.protocol.heard
-        text, failure = self._reason or (
-            f"the connection ended: {error}" if error else "the hub ended the connection",
-            Failure.HANDSHAKE if heard else Failure.UNREACHABLE,
-        )
-        self._end(text, failure)
-
-    def fail(self, error: str, failure: Failure) -> None:
-        """We give this connection up, without waiting for anybody."""
-        self._reason = error, failure
-        self._end(error, failure)
-        self.abort()
-
-    def leave(self) -> None:
-        """Say goodbye; what comes after is nobody's concern."""
-        self._over = True
-        if self.protocol is not None:
-            self.protocol.close()
-
-    def abort(self) -> None:
-        self._over = True
-        if self._deadline is not None:
-            self._deadline.cancel()
-        if self.protocol is not None:
-            self.protocol.abort()
-        elif self._task is not None:
-            self._task.cancel()
-
-    def silent_ms(self) -> int:
-        """How long something was outstanding and nothing was acknowledged: a pause with nothing to send is none."""
-        ms = silent_ms(self.protocol.socket) if self.protocol is not None and self.protocol.socket else 0
-        now = self._loop.time()
-        if not ms:
-            self._outstanding_since = None
-            return 0
-        if self._outstanding_since is None:
-            self._outstanding_since = now
-        return min(ms, int((now - self._outstanding_since) * 1000))
-
-    def _end(self, error: str, failure: Failure) -> None:
-        if self._over:
-            return
-        self._over = True
-        if self._deadline is not None:
-            self._deadline.cancel()
-        if self._open:
-            self.owner.lost(self, error, failure)
-        else:
-            self.owner.attempt_failed(self, failure, error)
-
-
-def _password(path: Path | None) -> str | None:
-    return None if path is None else path.read_text(encoding="utf-8").rstrip("\r\n")

@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 
-from gateway.amqp.engine import DECODE_ERROR, MESSAGE_SIZE_EXCEEDED, Receiver
+from gateway.amqp.engine import Receiver
+from gateway.amqp.events import DECODE_ERROR, MESSAGE_SIZE_EXCEEDED
 from gateway.amqp.message import ANNOTATION_RETAIN, Message, annotate, decode, identity
 from gateway.errors import PeerError
 from gateway.replies import Inlet
@@ -81,9 +83,9 @@ class Intake:
         held = self._held
         refused = False
         while held:
-            handle, body = held[0]
+            handle, body = delivery = held[0]
             try:
-                self._append(handle, body)
+                self._append(delivery)
             except JournalFull as error:
                 log.debug("inbound held back", extra={"stream": error.stream, "reason": error.reason})
                 break
@@ -101,7 +103,8 @@ class Intake:
         self.link.reject(handle, condition, description)
         self.journal.lose("-", 0, reason, len(body), description)
 
-    def _append(self, handle: int, body: bytes) -> None:
+    def _append(self, delivery: tuple[int, bytes]) -> None:
+        body = delivery[1]
         message = decode(body)
         who = identity(body)
         arrival = None
@@ -115,7 +118,7 @@ class Intake:
             body = annotate(body, arrival.annotations)
         if who is not None and who in stream.seen:
             self.repeated += 1
-            self.journal.wait_for(self, handle, stream, who)
+            self.journal.wait_for(self, delivery, stream, who)
         elif len(body) > stream.limits.bytes_max:
             raise _TooLarge(f"{len(body)} bytes; stream {stream.name} has max_bytes {stream.limits.bytes_max}")
         else:
@@ -126,18 +129,20 @@ class Intake:
             if self._retain is not None and message.annotations.get(ANNOTATION_RETAIN) is True:
                 self._retain(stream, seq, topic, body, expires)
             self.received += 1
-            self.journal.wait(self, handle)
+            self.journal.wait(self, delivery)
 
-    def committed(self, tokens: list[int]) -> None:
-        self.link.accept(tokens)
+    def committed(self, tokens: list[tuple[int, bytes]]) -> None:
+        self.link.accept([handle for handle, _ in tokens])
         self._accepted()
         self._refill()
 
-    def failed(self, tokens: list[int], error: JournalFull) -> None:
-        """Not on disk: the peer gets them back and keeps them."""
-        for handle in tokens:
-            self.link.release(handle)
-        self._refill()
+    def failed(self, tokens: list[tuple[int, bytes]], error: JournalFull) -> None:
+        """Not on disk: they stay unsettled, and are appended again before anything newer.
+
+        Released they would come back behind what the peer has sent meanwhile (promise P2).
+        """
+        # A repeat that waited for the same commit may stand before what came before it.
+        self._held.extendleft(sorted(tokens, key=itemgetter(0), reverse=True))
 
     def _refill(self) -> None:
         self.link.topup(self.credit)

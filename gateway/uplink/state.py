@@ -12,8 +12,14 @@ from random import Random
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.2, 30.0
 AUTH_BACKOFF_S_MIN, AUTH_BACKOFF_S_MAX = 5.0, 300.0
 UNREACHABLE_BACKOFF_S_MAX = 0.7
-STAGGER_S = 0.7
+DROPPED_BACKOFF_S_MAX = 2.0
+# While nothing is heard attempts overlap, so far apart; further, once whole handshakes have been waited for in vain:
+# then it is not the line that is silent but a hub that cannot keep up, and each new connection makes it slower. At the
+# longest distance they overlap no more, and the backoff of a failing hub takes over.
+STAGGER_S, STAGGER_S_MAX = 0.7, 12.0
 ATTEMPTS_MAX = 4
+# So many at one address without an answer, and it is the next one's turn.
+DIALS_AN_ADDRESS = 4
 FAIL_BACK_S = 30.0
 
 
@@ -38,6 +44,7 @@ class Failure(Enum):
 
     UNREACHABLE = "unreachable"  # no answer on the way there: the line is down, a new try costs the hub nothing
     HANDSHAKE = "handshake"  # the hub was reached and something failed
+    DROPPED = "dropped"  # it was open and ended without a word: a line that flaps, or a hub that crashes
     AUTHENTICATION = "authentication"  # the hub does not want us: trying again soon won't help
 
 
@@ -70,8 +77,10 @@ class LinkState:
         now: float,
         backoff_s_min: float = BACKOFF_S_MIN,
         backoff_s_max: float = BACKOFF_S_MAX,
+        stagger_s: float = STAGGER_S,
     ) -> None:
         assert urls
+        self._stagger_s_min = stagger_s
         self._backoff_s_min = backoff_s_min
         self._backoff_s_max = max(backoff_s_min, backoff_s_max)
         self.urls = urls
@@ -80,11 +89,14 @@ class LinkState:
         self.since = now
         self.index = 0
         self.error: str | None = None
-        self._failures = 0
-        self._auth_failures = 0
+        self._failures = self._auth_failures = self._dropped = 0
         self._retry_at = now
         self._attempts = 0
+        self._dials_here = 0
+        self._stagger_s = self._stagger_s_min
+        self._slowed_at = now
         self._fail_back_at: float | None = None
+        self.dialled = self.connected = 0  # ever
 
     def _go(self, event: Event, now: float) -> None:
         state = TRANSITIONS[self.state, event]
@@ -118,9 +130,17 @@ class LinkState:
         because its packets would be repeated only seconds later.
         """
         self._go(Event.DIAL, now)
+        if self._dials_here >= DIALS_AN_ADDRESS:
+            self._turn_to(self.index + 1)
         self._attempts += 1
-        self._retry_at = now + STAGGER_S
+        self._dials_here += 1
+        self.dialled += 1
+        self._retry_at = now + self._stagger_s
         return self.url
+
+    def _turn_to(self, index: int) -> None:
+        self.index = index % len(self.urls)
+        self._dials_here = 0
 
     def attempt_replaced(self) -> None:
         """An attempt without an answer gave way to a fresh one."""
@@ -128,19 +148,27 @@ class LinkState:
 
     def opened(self, now: float, url: str) -> None:
         self._go(Event.OPENED, now)
-        self.index = self.urls.index(url)
+        self.connected += 1
+        self._turn_to(self.urls.index(url))
         self.error = None
         self._attempts = 0
         self._fail_back_at = now + FAIL_BACK_S if self.index else None
 
     def settled(self) -> None:
         """A message was settled: only this proves the hub works, so only this forgets earlier failures."""
-        self._failures = self._auth_failures = 0
+        self._failures = self._auth_failures = self._dropped = 0
+        self._stagger_s = self._stagger_s_min
 
-    def attempt_failed(self, now: float, failure: Failure, error: str) -> None:
-        """One attempt ended. The link is in backoff when no other attempt is left."""
+    def attempt_failed(self, now: float, failure: Failure, error: str, waited_s: float = 0.0) -> None:
+        """One attempt ended. The link is in backoff when no other attempt is left.
+
+        `waited_s`: how long somebody who had taken the connection left it without an answer.
+        """
         self.error = error
         self._attempts -= 1
+        if waited_s and now - self._slowed_at >= waited_s:
+            self._slowed_at = now
+            self._stagger_s = min(max(STAGGER_S_MAX, self._stagger_s_min), 2 * self._stagger_s)
         if self._attempts <= 0:
             self._attempts = 0
             self._go(Event.FAILED, now)
@@ -154,7 +182,7 @@ class LinkState:
         self._back_off(now, failure)
 
     def _back_off(self, now: float, failure: Failure) -> None:
-        self.index = (self.index + 1) % len(self.urls)
+        self._turn_to(self.index + 1)
         match failure:
             case Failure.UNREACHABLE:
                 # Not counted: however long the tunnel was, the first failure after it is the first.
@@ -164,6 +192,12 @@ class LinkState:
                 self._failures += 1
                 top = min(self._backoff_s_max, self._backoff_s_min * 2 ** min(rounds, 16))
                 delay_s = self._random.uniform(0, top)
+            case Failure.DROPPED:
+                # On a line that flaps faster than a message is settled, this must not grow into minutes of silence.
+                rounds = self._dropped // len(self.urls)
+                self._dropped += 1
+                top = min(DROPPED_BACKOFF_S_MAX, self._backoff_s_max, self._backoff_s_min * 2 ** min(rounds, 16))
+                delay_s = self._random.uniform(0, max(top, self._backoff_s_min))
             case Failure.AUTHENTICATION:
                 top = min(AUTH_BACKOFF_S_MAX, AUTH_BACKOFF_S_MIN * 2 ** min(self._auth_failures, 16))
                 delay_s = self._random.uniform(AUTH_BACKOFF_S_MIN, top)
@@ -172,9 +206,10 @@ class LinkState:
 
     def network_changed(self, now: float) -> None:
         """A route, an address or a carrier came: whatever the backoff was, try now."""
+        self._stagger_s = self._stagger_s_min
         if self.state is State.BACKOFF:
             self._retry_at = now
-            self.index = 0
+            self._turn_to(0)
         elif self.state is State.CONNECTING:
             self._retry_at = min(self._retry_at, now)
 

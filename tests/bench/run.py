@@ -11,6 +11,8 @@ memory   resident bytes of the daemon with a million messages queued, again afte
 fanout   1,000 connected subscribers, 50 messages a second to all of them at QoS 1: latency from publish to delivery,
          memory at the start and at the end; Mosquitto in the same run. `--seconds 300` for the long one.
 resume   seconds from a line's return to the next message settled at the far end, over many short tunnels.
+alarm    the same for an alarm said in the tunnel, with a million messages of another stream queued.
+backlog  seconds from the end of a tunnel to the last of 100,000 messages that were published in it.
 
 The daemon is the real one, `python -m gateway run`, in its own process, with the defaults of its configuration except
 for limits. It ends with this process.
@@ -19,13 +21,9 @@ for limits. It ends with this process.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
-import os
-import random
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -34,11 +32,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gateway.control_client import ControlError, DaemonStopped, request
-from gateway.faultlink import FaultLink
+from gateway.bench import load
+from gateway.bench.brokers import FullArtemis
+from gateway.bench.daemon import Daemon, cpu_s
+from gateway.bench.resume import alarm, backlog, resume
 from tests import parts
-from tests.bench import load
-from tests.bench.receiver import Far, judge
 from tests.pki import Pki
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -49,101 +47,6 @@ max_queued_messages 0
 max_queued_bytes 0
 log_type error
 """
-CONFIG = """\
-[gateway]
-id = "loco-4711"
-state_dir = "{state}"
-log_level = "warning"
-[mqtt]
-listen = ["127.0.0.1:{mqtt}"]
-clients_max = {clients}
-{amqp}
-[[hub]]
-name = "depot"
-urls = ["amqps://127.0.0.1:{hub}"]
-ca = "{pki.ca}"
-cert = "{pki.client.cert}"
-key = "{pki.client.key}"
-[[outbound]]
-stream = "bench"
-topics = ["bench/#"]
-hub = "depot"
-address = "edge.{{gateway}}.bench"
-max_bytes = "8GiB"
-max_messages = 10000000
-"""
-TRAFFIC_S = 0.02
-SETTLE_S = 0.3
-RESUME_S_MAX = 10.0
-
-
-class Daemon(parts.Part):
-    """The real daemon with one outbound stream for `bench/#` and a hub at `hub_port`, there or not."""
-
-    name = "lineside"
-
-    def __init__(
-        self, pki: Pki, hub_port: int, directory: Path | None = None, clients: int = 1000, *, amqp: bool = False
-    ) -> None:
-        """`amqp`: listen for AMQP apps, too, at `amqp_port`."""
-        super().__init__(directory)
-        self.amqp_port = parts.free_port() if amqp else None
-        self._clients = clients
-        self.port = parts.free_port()
-        self._hub_port = hub_port
-        self._pki = pki
-
-    def configure(self) -> None:
-        amqp = "" if self.amqp_port is None else f'[amqp]\nlisten = ["127.0.0.1:{self.amqp_port}"]'
-        text = CONFIG.format(
-            state=self.state_dir, mqtt=self.port, hub=self._hub_port, pki=self._pki, clients=self._clients, amqp=amqp
-        )
-        (self.directory / "lineside.toml").write_text(text)
-
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", "gateway", "run", "--config", str(self.directory / "lineside.toml")]
-
-    def environment(self) -> dict[str, str]:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        return {"PYTHONPATH": path, "NOTIFY_SOCKET": "", "WATCHDOG_USEC": ""}
-
-    def ready(self) -> bool:
-        try:
-            self.status()
-        except (DaemonStopped, ControlError):
-            return False
-        return True
-
-    @property
-    def state_dir(self) -> Path:
-        return self.directory / "state"
-
-    @property
-    def pid(self) -> int:
-        return int(self._pid_file.read_text())
-
-    def status(self) -> dict[str, Any]:
-        return request(self.state_dir, "status")
-
-    def waiting(self) -> int:
-        """How many messages the hub has not settled yet."""
-        return int(next(s["waiting"] for s in self.status()["streams"] if s["name"] == "bench"))
-
-    def memory_bytes(self, what: str = "VmRSS") -> int:
-        """From /proc: VmRSS is resident now, VmHWM was resident at most."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith(what):
-                return int(line.split()[1]) * 1024
-        raise KeyError(what)
-
-    def cpu_s(self) -> float:
-        return _cpu_s(self.pid)
-
-
-def _cpu_s(pid: int) -> float:
-    """User and system time of a process and its threads so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _publish(want: load.Load) -> dict[str, float]:
@@ -154,7 +57,7 @@ def _publish(want: load.Load) -> dict[str, float]:
         options += ["--messages", want.messages]
     else:
         options += ["--seconds", want.seconds, "--warm-s", want.warm_s]
-    command = [sys.executable, "-m", "tests.bench.load", str(want.port), *map(str, options)]
+    command = [sys.executable, "-m", "gateway.bench.load", str(want.port), *map(str, options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise load.LoadError(done.stderr.strip().rsplit("\n", 1)[-1])
@@ -207,9 +110,9 @@ class _Round(NamedTuple):
 
 def _round(broker: parts.Part, port: int, seconds: float, version: int) -> _Round:
     pid = int((broker.directory / "pid").read_text())
-    cpu_s = _cpu_s(pid)
+    before_s = cpu_s(pid)
     result = _publish(load.Load(port, seconds=seconds, version=version))
-    return _Round(result["per_s"], (_cpu_s(pid) - cpu_s) / result["acknowledged_in_all"] * 1e6)
+    return _Round(result["per_s"], (cpu_s(pid) - before_s) / result["acknowledged_in_all"] * 1e6)
 
 
 def amqp_intake(directory: Path, *, rounds: int = 3, rounds_max: int = 0, seconds: float = 4.0) -> dict[str, Any]:
@@ -238,26 +141,14 @@ def amqp_intake(directory: Path, *, rounds: int = 3, rounds_max: int = 0, second
     return report
 
 
-class _Artemis(parts.Artemis):
-    """As its makers have it: all of the compiler, memory enough, and a journal that gathers before it syncs."""
-
-    def command(self) -> list[str]:
-        slow = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xms64m", "-Xmx384m")
-        java, *options = (option for option in super().command() if option not in slow)
-        return [java, "-Xms512m", "-Xmx1g", *options]
-
-    def _broker(self) -> str:
-        return super()._broker().replace("<journal-buffer-timeout>0</journal-buffer-timeout>", "")
-
-
 def _amqp_rival(name: str, directory: Path) -> parts.Artemis | parts.RabbitMQ:
-    return _Artemis(directory=directory) if name == "artemis" else parts.RabbitMQ(directory=directory)
+    return FullArtemis(directory=directory) if name == "artemis" else parts.RabbitMQ(directory=directory)
 
 
 def _send(port: int | None, address: str, seconds: float) -> float:
     """Run amqp_load.py as a process of its own; messages accepted a second."""
     options = ["--address", address, "--seconds", str(seconds), "--warm-s", "3"]
-    command = [sys.executable, "-m", "tests.bench.amqp_load", str(port), *options]
+    command = [sys.executable, "-m", "gateway.bench.amqp_load", str(port), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise load.LoadError(done.stderr.strip().rsplit("\n", 1)[-1])
@@ -296,7 +187,7 @@ def drain(directory: Path, *, rounds: int = 3, messages: int = 100_000) -> dict[
 
 def _receive(pki: Pki, port: int, messages: int) -> dict[str, float]:
     files = ["--cert", pki.server.cert, "--key", pki.server.key, "--ca", pki.ca]
-    command = [sys.executable, "-m", "tests.bench.receiver", "--port", port, "--expect", messages, *files]
+    command = [sys.executable, "-m", "gateway.bench.receiver", "--port", port, "--expect", messages, *files]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
         raise AssertionError(f"the receiver failed: {done.stderr.strip()}")
@@ -367,118 +258,12 @@ def fanout(
 
 
 def _fan(port: int, options: list[str]) -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.bench.fanout", str(port), *options]
+    command = [sys.executable, "-m", "gateway.bench.fanout", str(port), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:
         raise load.LoadError(done.stderr.strip().rsplit("\n", 1)[-1])
     result: dict[str, float] = json.loads(done.stdout)
     return result
-
-
-# ------------------------------------------------------------------ resume
-
-
-class _Traffic(asyncio.Protocol):
-    """A light QoS 1 publisher: one numbered message every TRAFFIC_S."""
-
-    def __init__(self) -> None:
-        self.published = 0
-        self.acknowledged = 0
-        self._transport: asyncio.WriteTransport
-        self._timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
-        self._send()
-
-    def data_received(self, data: bytes) -> None:
-        self.acknowledged += data.count(b"\x40\x02")
-
-    def _send(self) -> None:
-        packet_id = struct.pack("!H", self.published % load.PACKET_IDS + 1)
-        body = b"\0\x07bench/0" + packet_id + b"0 %09d ." % self.published
-        self._transport.write(b"\x32" + bytes((len(body),)) + body)
-        self.published += 1
-        self._timer = asyncio.get_running_loop().call_later(TRAFFIC_S, self._send)
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-
-def resume(directory: Path, *, cuts: int = 50, tunnel_s: float = 0.3, seed: int = 4711) -> dict[str, Any]:
-    """Seconds from the line's return to the next message settled at the far end, with traffic all the while."""
-    return asyncio.run(_resume(directory, cuts, tunnel_s, random.Random(seed)))
-
-
-async def _resume(directory: Path, cuts: int, tunnel_s: float, chance: random.Random) -> dict[str, Any]:
-    pki = Pki(directory / "pki")
-    far = Far(0, pki.server.cert, pki.server.key, pki.ca)
-    line = FaultLink(await far.start())
-    await line.start()
-    daemon = Daemon(pki, line.port, directory / "resume")
-    try:
-        await asyncio.to_thread(daemon.start)
-        sock, _ = await asyncio.to_thread(load.connect, "127.0.0.1", daemon.port, "train")
-        sock.setblocking(False)
-        _, traffic = await asyncio.get_running_loop().create_connection(_Traffic, sock=sock)
-        await _next_message(far)
-        taken: list[float] = []
-        for _ in range(cuts):
-            # Not in step with the daemon's own timers.
-            await asyncio.sleep(SETTLE_S * (0.5 + chance.random()))
-            line.cut()
-            await asyncio.sleep(tunnel_s)
-            line.restore()
-            restored = time.perf_counter()
-            taken.append(await _next_message(far) - restored)
-        traffic.stop()
-        await _emptied(daemon)
-        missing, repeated, reordered = judge(far.bodies, traffic.acknowledged)
-        if missing > 0 or reordered:
-            raise AssertionError(f"a promise broke over {cuts} cuts: {missing} missing, {reordered} reordered")
-        sock.close()
-    finally:
-        await asyncio.to_thread(daemon.close)
-        await line.stop()
-        await far.stop()
-    taken.sort()
-    return {
-        "cuts": cuts,
-        "tunnel_s": tunnel_s,
-        "p50_s": round(_quantile(taken, 0.5), 3),
-        "p99_s": round(_quantile(taken, 0.99), 3),
-        "max_s": round(taken[-1], 3),
-        "messages": traffic.acknowledged,
-        "repeated": repeated,
-    }
-
-
-async def _emptied(daemon: Daemon) -> None:
-    for _ in range(100):
-        if not await asyncio.to_thread(daemon.waiting):
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"{daemon.waiting()} messages still wait, 5 s after the last one was published")
-
-
-async def _next_message(far: Far) -> float:
-    """When the next batch was accepted."""
-    arrived: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-
-    def settle(now: float) -> None:
-        if not arrived.done():
-            arrived.set_result(now)
-
-    far.arrived = settle
-    async with asyncio.timeout(RESUME_S_MAX):
-        return await arrived
-
-
-def _quantile(ordered: list[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed."""
-    return ordered[max(0, -int(-len(ordered) * share // 1) - 1)]
 
 
 # ------------------------------------------------------------------ command line
@@ -490,6 +275,8 @@ MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "memory": memory,
     "fanout": fanout,
     "resume": resume,
+    "alarm": alarm,
+    "backlog": backlog,
 }
 
 

@@ -10,9 +10,11 @@ import proton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.amqp.engine import Deliveries, Engine, Event, Failed, LinkAttached, Receiver, Terminus
+from gateway.amqp.engine import Engine, Receiver
+from gateway.amqp.events import Deliveries, Event, Failed, LinkAttached
 from gateway.amqp.message import MessageError, Template, annotate, decode, encode, identity, patch_ttl
 from gateway.amqp.sasl import AMQP_HEADER, SASL_HEADER, SaslClient, SaslServer
+from gateway.amqp.termini import Terminus
 
 NOW = 100.0
 

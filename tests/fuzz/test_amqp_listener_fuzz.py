@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.amqp import driver
-from gateway.amqp.engine import Durability, Engine, Expiry, Terminus
+from gateway.amqp.engine import Engine
 from gateway.amqp.listener import AmqpListener
 from gateway.amqp.message import encode
 from gateway.amqp.sasl import AMQP_HEADER, SASL_HEADER, SaslClient
+from gateway.amqp.termini import Durability, Expiry, Terminus
 from gateway.broker import Broker
 from gateway.config import loads
 from storeforward.journal import Journal

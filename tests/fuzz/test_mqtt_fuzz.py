@@ -7,7 +7,11 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.mqtt.codec import (
+from gateway.mqtt.codec import check_first_byte, decode, decode_body, encode, remaining_length
+from gateway.mqtt.connection import Limits, ServerConnection, State, TooLargeForPeer
+from gateway.mqtt.delivery import Delivery
+from gateway.mqtt.events import Acked, Completed, Event, Failed, Publishes, Received, Released
+from gateway.mqtt.packets import (
     V3,
     V5,
     Ack,
@@ -28,26 +32,7 @@ from gateway.mqtt.codec import (
     Unsubscribe,
     Will,
     WillProperties,
-    check_first_byte,
-    decode,
-    decode_body,
-    encode,
-    remaining_length,
 )
-from gateway.mqtt.connection import (
-    Acked,
-    Completed,
-    Event,
-    Failed,
-    Limits,
-    Publishes,
-    Received,
-    Released,
-    ServerConnection,
-    State,
-    TooLargeForPeer,
-)
-from gateway.mqtt.delivery import Delivery
 from gateway.mqtt.topics import check_filter, check_topic, filter_matches
 
 LIMITS = Limits(packet_max_bytes=2000, receive_maximum=20, topic_alias_max=3, held_max_bytes=3000)

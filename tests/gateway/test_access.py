@@ -23,12 +23,12 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from gateway import access as access_module
-from gateway.access import ANSWERS_MAX, Access, Login, Permit, identity_of
+from gateway.access import ANSWERS_MAX, Access, Login, PasswordFile, Permit, identity_of
 from gateway.app import App
 from gateway.config import load, loads
 from gateway.control_client import request
 from gateway.mqtt import codec
-from gateway.mqtt.codec import (
+from gateway.mqtt.packets import (
     V3,
     V5,
     Connack,
@@ -152,6 +152,8 @@ class Bench:
     async def reload(self, config: str) -> None:
         self.write(config)
         self.app.reload()
+        assert self.app._reloading is not None
+        await self.app._reloading
 
     async def connect(
         self,
@@ -617,13 +619,23 @@ def test_without_a_password_file_no_user_is_believed(tmp_path: Path) -> None:
 def test_the_queue_of_logins_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passwords.update(tmp_path / "p", "anna", hash_password(b"secret", CHEAP))
     monkeypatch.setattr(access_module, "CHECKS_WAITING_MAX", 2)
+    busy, verify = threading.Event(), PasswordFile.verify
+
+    def verify_later(file: PasswordFile, user: str, password: bytes) -> bool:
+        assert busy.wait(10)
+        return verify(file, user, password)
+
+    monkeypatch.setattr(PasswordFile, "verify", verify_later)
     config = loads('[gateway]\nid = "a"\n[amqp]\npassword_file = "p"\n', base=tmp_path)
 
     async def story() -> None:
         access = Access(config)
         claim = replace(LOCAL, protocol="amqp", user="anna")
-        answers = await asyncio.gather(*(access.authenticate(claim, b"secret") for _ in range(3)))
-        assert [each.login for each in answers] == [Login.OK, Login.OK, Login.BUSY]
+        waiting = [asyncio.create_task(access.authenticate(claim, b"secret")) for _ in range(2)]
+        await asyncio.sleep(0)  # both ask for the thread
+        assert (await access.authenticate(claim, b"secret")).login is Login.BUSY
+        busy.set()
+        assert [(await each).login for each in waiting] == [Login.OK, Login.OK]
         assert (await access.authenticate(claim, b"secret")).identity == claim
         access.stop()
 

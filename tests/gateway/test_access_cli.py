@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gateway.cli.main import cli
-from gateway.config import ConfigErrors, explain, loads
+from gateway.config import ConfigErrors, loads
+from gateway.config_explain import explain
 from security import passwords
 from security.passwords import Cost, hash_password
 from security.rules import parse_who
@@ -158,6 +159,13 @@ def test_check_explains_whether_somebody_may(home: Path, words: list[str], statu
     told: dict[str, Any] = json.loads(run(*config, *words, "--json").stdout)
     assert told["allowed"] is (status == 0)
     assert text.partition(": ")[2] in told["explained"]
+
+
+@pytest.mark.parametrize("asked", [["--publish", "train/#"], ["--publish", ""], ["--subscribe", "train/#/x"]])
+def test_what_nobody_can_do_whatever_the_rules_is_no_question(home: Path, asked: list[str]) -> None:
+    result = run("check", "--config", home / "lineside.toml", "--who", "anna", *asked)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"Invalid value for {asked[0]}: " in result.stderr
 
 
 def test_asking_needs_no_right_to_read_the_passwords(home: Path) -> None:

@@ -15,8 +15,8 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
-from proton import Condition, Delivery, Message, Terminus, Timeout, symbol
-from proton.reactor import AtMostOnce, DurableSubscription, LinkOption, ReceiverOption
+from proton import Condition, Delivery, Described, Message, Terminus, Timeout, symbol
+from proton.reactor import AtMostOnce, DurableSubscription, Filter, LinkOption, ReceiverOption, Selector
 from proton.utils import (
     BlockingConnection,
     BlockingReceiver,
@@ -370,6 +370,24 @@ def test_eight_megabytes_go_through_in_many_transfers_both_ways(gateway: Gateway
     with pytest.raises(LinkDetached) as refused:
         sender.send(Message(body=blob + bytes(4096)), timeout=WAIT_S)
     assert refused.value.condition == "amqp:link:message-size-exceeded"
+
+
+@pytest.mark.parametrize(
+    ("filter_", "name"),
+    [(Selector("n > 3"), "selector"), (Filter({symbol("no-local"): Described(symbol("x"), [])}), "no-local")],
+)
+def test_a_selector_is_refused_and_takes_nothing_from_a_queue(gateway: Gateway, filter_: Filter, name: str) -> None:
+    app = gateway.app()
+    send_all(app, "queue://jobs", ["a", "b"])
+    with pytest.raises(LinkDetached, match=f"amqp:not-implemented.*no selectors and no filters: {name}"):
+        app.create_receiver("queue://jobs", options=filter_)
+    assert bodies(gateway.app().create_receiver("queue://jobs"), 2) == ["a", "b"]
+
+
+def test_an_empty_set_of_filters_is_no_filter(gateway: Gateway) -> None:
+    receiver = gateway.app().create_receiver("cab/door", options=Filter({}))
+    send_all(gateway.app(), "cab/door", ["a"])
+    assert bodies(receiver, 1) == ["a"]
 
 
 @pytest.mark.parametrize(

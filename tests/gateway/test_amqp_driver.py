@@ -9,19 +9,9 @@ import pytest
 
 from gateway.amqp import driver
 from gateway.amqp.driver import AmqpProtocol
-from gateway.amqp.engine import (
-    Credit,
-    Deliveries,
-    Engine,
-    Event,
-    LinkAttached,
-    Opened,
-    OutcomeKind,
-    Receiver,
-    Sender,
-    Settled,
-    Terminus,
-)
+from gateway.amqp.engine import Engine, Receiver, Sender
+from gateway.amqp.events import Credit, Deliveries, Event, LinkAttached, Opened, OutcomeKind, Settled
+from gateway.amqp.termini import Terminus
 
 
 class Hub:

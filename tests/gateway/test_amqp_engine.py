@@ -7,33 +7,36 @@ import math
 import struct
 from typing import TypeVar
 
+import proton
 import pytest
 
-from gateway.amqp import engine as amqp
 from gateway.amqp import raw
-from gateway.amqp.engine import (
+from gateway.amqp.engine import Engine, Receiver, Sender
+from gateway.amqp.events import (
+    DECODE_ERROR,
+    MESSAGE_SIZE_EXCEEDED,
+    NOT_ALLOWED,
+    NOT_IMPLEMENTED,
+    RESOURCE_LIMIT_EXCEEDED,
+    TRANSFER_LIMIT_EXCEEDED,
     Authenticated,
     Credit,
     Deliveries,
-    Durability,
-    Engine,
     Event,
-    Expiry,
     Failed,
     LinkAttached,
     LinkClosed,
     Opened,
     Outcome,
     OutcomeKind,
-    Receiver,
     RemoteClosed,
-    Sender,
+    Role,
     SessionClosed,
     Settled,
     SettleMode,
-    Terminus,
 )
 from gateway.amqp.sasl import AMQP_HEADER, SaslClient, SaslServer
+from gateway.amqp.termini import Durability, Expiry, Terminus
 
 NOW = 100.0
 E = TypeVar("E")
@@ -200,7 +203,7 @@ def test_a_message_beyond_our_limit_detaches_the_link_and_no_other() -> None:
     assert sender.peer_max_message_bytes == 1000
     sender.send([(1, b"x" * 1000), (2, b"x" * 1001), (3, b"x")])
     pair.run()
-    assert [event.condition for event in pair.events(pair.client, LinkClosed)] == [amqp.MESSAGE_SIZE_EXCEEDED]
+    assert [event.condition for event in pair.events(pair.client, LinkClosed)] == [MESSAGE_SIZE_EXCEEDED]
     heard = pair.heard[pair.server]
     assert [len(body) for event in heard if isinstance(event, Deliveries) for _, body in event.batch] == [1000]
     assert [event.link for event in heard if isinstance(event, LinkClosed)] == [receiver]
@@ -210,6 +213,23 @@ def test_a_message_beyond_our_limit_detaches_the_link_and_no_other() -> None:
     assert pair.events(pair.server, LinkAttached)[0].name == "other"
 
 
+def test_answers_are_taken_after_a_close_in_the_middle_of_a_large_message() -> None:
+    """Asked for the rest of it, the link has none to give; what the peer still settles is no surprise."""
+    pair = Pair()
+    sender, receiver = pair.link_to_server()
+    sender.send([(1, b"small")])
+    assert sender.send_part(2, b"x" * 3000, 1000) == 1000
+    pair.run()
+    [(handle, body)] = pair.received()
+    assert body == b"small"
+    pair.client.close()
+    assert sender.feed(1000) == 0
+    assert (sender.feeding, sender.unsettled) == (False, 2)
+    receiver.accept([handle])
+    pair.run()
+    assert sender.take_outcomes() == [Outcome(OutcomeKind.ACCEPTED, 1)]
+
+
 def test_a_large_message_beyond_our_limit_is_cut_off_early() -> None:
     pair = Pair()
     sender, receiver = pair.link_to_server(max_message_bytes=100_000)
@@ -217,17 +237,17 @@ def test_a_large_message_beyond_our_limit_is_cut_off_early() -> None:
     pair.run()
     assert not receiver.alive
     assert not sender.alive
-    assert [event.condition for event in pair.events(pair.client, LinkClosed)] == [amqp.MESSAGE_SIZE_EXCEEDED]
+    assert [event.condition for event in pair.events(pair.client, LinkClosed)] == [MESSAGE_SIZE_EXCEEDED]
 
 
 def test_a_peer_that_sends_beyond_its_credit_loses_the_link() -> None:
     pair = Pair()
     sender, receiver = pair.link_to_server(credit=1)
-    amqp.raw.send(sender._pointer, [(seq, b"m") for seq in range(5)], sender._window)
+    raw.send(sender._pointer, [(seq, b"m") for seq in range(5)], sender._window)
     # proton itself keeps to the credit, so pretend that less was given.
     receiver._granted = 0
     pair.run()
-    assert [event.condition for event in pair.events(pair.client, LinkClosed)] == [amqp.TRANSFER_LIMIT_EXCEEDED]
+    assert [event.condition for event in pair.events(pair.client, LinkClosed)] == [TRANSFER_LIMIT_EXCEEDED]
     assert pair.received() == []
 
 
@@ -251,13 +271,49 @@ def test_presettled_messages_count_as_accepted_when_sent() -> None:
     assert sender.unsettled == receiver.unsettled == 0
 
 
+def test_a_receiver_that_settles_second_is_told_so_and_hears_the_settlement() -> None:
+    pair = Pair()
+    pair.open()
+    receiver = pair.client.receiver(pair.client.session(), "commands", Terminus("edge.commands"), credit=10)
+    receiver._link.rcv_settle_mode = proton.Link.RCV_SECOND
+    pair.run()
+    sender = pair.events(pair.server, LinkAttached)[0].link
+    assert isinstance(sender, Sender)
+    sender.confirm()
+    pair.run()
+    assert receiver._link.remote_rcv_settle_mode == proton.Link.RCV_SECOND
+    sender.send([(1, b"one"), (2, b"two")])
+    pair.run()
+    first, second = receiver._pending.values()
+    for delivery in (first, second):
+        raw.lib.pn_delivery_update(delivery, raw.ACCEPTED)
+        pair.client._produced()
+        assert not raw.settled(delivery)
+    pair.run()
+    assert sender.take_outcomes() == [Outcome(OutcomeKind.ACCEPTED, 2, 2)]
+    assert raw.settled(first)
+    assert raw.settled(second)
+    assert sender.unsettled == 0
+
+
+def test_as_a_receiver_we_settle_first_whatever_is_asked_for() -> None:
+    pair = Pair()
+    pair.open()
+    sender = pair.client.sender(pair.client.session(), "alarms", Terminus("edge.alarms"))
+    sender._link.rcv_settle_mode = proton.Link.RCV_SECOND
+    pair.run()
+    pair.events(pair.server, LinkAttached)[0].link.confirm()
+    pair.run()
+    assert sender._link.remote_rcv_settle_mode == proton.Link.RCV_FIRST
+
+
 def test_settled_without_an_outcome_is_unknown() -> None:
     pair = Pair()
     sender, receiver = pair.link_to_server()
     sender.send([(7, b"m")])
     pair.run()
     [(handle, _)] = pair.received()
-    amqp.raw.settle(receiver._pending.pop(handle))
+    raw.settle(receiver._pending.pop(handle))
     pair.run()
     assert sender.take_outcomes() == [Outcome(OutcomeKind.UNKNOWN, 7)]
 
@@ -284,7 +340,7 @@ def test_termini_arrive_as_they_were_asked_for() -> None:
     receiver = pair.client.receiver(pair.client.session(), "sub-1", asked, credit=5)
     pair.run()
     [attached] = pair.events(pair.server, LinkAttached)
-    assert (attached.by_peer, attached.name, attached.role) == (True, "sub-1", amqp.Role.SENDER)
+    assert (attached.by_peer, attached.name, attached.role) == (True, "sub-1", Role.SENDER)
     assert attached.source == asked
     attached.link.confirm()
     pair.run()
@@ -334,7 +390,7 @@ def test_a_transaction_coordinator_is_refused_without_asking() -> None:
     pair.run()
     assert pair.events(pair.server, LinkAttached) == []
     [closed] = pair.events(pair.client, LinkClosed)
-    assert closed.condition == amqp.NOT_IMPLEMENTED
+    assert closed.condition == NOT_IMPLEMENTED
 
 
 def test_outcomes_known_before_a_link_closes_are_still_told_and_the_rest_is_forgotten() -> None:
@@ -474,7 +530,7 @@ def test_a_link_that_broke_before_anybody_could_confirm_it_may_be_confirmed_in_v
     early = Engine(server=False, container="rude")
     early.open()
     rude = early.sender(early.session(), "rude", Terminus("q"))
-    amqp.raw.send(rude._pointer, [(1, b"m")], rude._window)
+    raw.send(rude._pointer, [(1, b"m")], rude._window)
     server = Engine(server=True, container="depot")
     server.receive(early.data_to_send(), NOW)
     server.open()
@@ -500,7 +556,7 @@ def test_a_name_that_is_not_utf8_fails_the_connection_with_an_event() -> None:
     pair.client.open()
     data = pair.client.data_to_send().replace(b"loco", b"lo\xff\xfe")
     events = pair.server.receive(data, NOW)
-    assert [event.condition for event in events if isinstance(event, Failed)] == [amqp.DECODE_ERROR]
+    assert [event.condition for event in events if isinstance(event, Failed)] == [DECODE_ERROR]
 
 
 def test_deep_nesting_in_properties_is_survived() -> None:
@@ -533,7 +589,7 @@ def test_a_damaged_array_in_an_attach_is_not_sent_back() -> None:
 def test_a_peer_that_begins_without_an_open_fails_the_connection() -> None:
     pair = Pair()
     events = pair.server.receive(AMQP_HEADER + b"\x00\x00\x00\x0c\x02\x00\x00\x00\x00\x53\x11\x45", NOW)
-    assert [event.condition for event in events if isinstance(event, Failed)] == [amqp.NOT_ALLOWED]
+    assert [event.condition for event in events if isinstance(event, Failed)] == [NOT_ALLOWED]
 
 
 def test_a_link_offered_just_before_the_connection_broke_may_be_confirmed_in_vain() -> None:
@@ -556,7 +612,7 @@ def test_more_links_than_allowed_fail_the_connection() -> None:
     for number in range(4):
         pair.client.sender(session, f"link-{number}", Terminus("q"))
     pair.run()
-    assert pair.events(pair.client, RemoteClosed)[0].condition == amqp.RESOURCE_LIMIT_EXCEEDED
+    assert pair.events(pair.client, RemoteClosed)[0].condition == RESOURCE_LIMIT_EXCEEDED
 
 
 def test_links_that_come_and_go_leave_nothing_behind() -> None:

@@ -19,17 +19,20 @@ from gateway import groups
 from gateway.access import Access
 from gateway.amqp import outgoing
 from gateway.amqp.driver import AmqpProtocol
-from gateway.amqp.engine import Engine, Event, LinkAttached, Terminus
+from gateway.amqp.engine import Engine
+from gateway.amqp.events import Event, LinkAttached
 from gateway.amqp.listener import AmqpListener, mechanisms, owner_of
 from gateway.amqp.sasl import SaslClient
+from gateway.amqp.termini import Terminus
 from gateway.broker import Broker
 from gateway.committer import Committer
 from gateway.config import Config, loads
 from security.passwords import Cost, hash_password
 from security.rules import Identity
 from security.tls import client_context, server_context
+from storeforward.batch import Batch
 from storeforward.errors import JournalError
-from storeforward.journal import Batch, Journal
+from storeforward.journal import Journal
 from tests.pki import Pki
 
 WAIT_S = 10.0

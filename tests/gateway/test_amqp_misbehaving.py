@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -11,21 +12,12 @@ from pathlib import Path
 import pytest
 
 from gateway.amqp import raw
-from gateway.amqp.engine import (
-    Deliveries,
-    Durability,
-    Engine,
-    Event,
-    Expiry,
-    LinkAttached,
-    LinkClosed,
-    Receiver,
-    RemoteClosed,
-    Sender,
-    Terminus,
-)
+from gateway.amqp.driver import CLOSE_WAIT_S
+from gateway.amqp.engine import Engine, Receiver, Sender
+from gateway.amqp.events import Deliveries, Event, LinkAttached, LinkClosed, RemoteClosed
 from gateway.amqp.message import encode
 from gateway.amqp.sasl import AMQP_HEADER, SaslClient
+from gateway.amqp.termini import Durability, Expiry, Terminus
 from gateway.control_client import request
 from tests.daemon import WAIT_S, Daemon, free_port
 
@@ -195,6 +187,24 @@ def test_a_giant_frame_ends_that_connection_before_it_is_read(gateway: Gateway) 
     with after_sasl(gateway.amqp_port) as sock:
         sock.sendall(AMQP_HEADER + b"\x7f\xff\xff\xff\x02\x00\x00\x00")
         assert b"amqp:connection:framing-error" in read_to_the_end(sock)
+    gateway.others_keep_their_rate()
+
+
+def test_who_goes_on_sending_after_its_mistake_hears_of_it_all_the_same(gateway: Gateway) -> None:
+    """Closed on unread bytes, TCP would reset, and the reason be lost to a peer that has not read it yet."""
+    for _ in range(5):
+        with after_sasl(gateway.amqp_port) as sock:
+            sock.sendall(AMQP_HEADER + b"\x7f\xff\xff\xff\x02\x00\x00\x00" + bytes(8 << 20))
+            assert b"amqp:connection:framing-error" in read_to_the_end(sock)
+    with after_sasl(gateway.amqp_port) as sock:  # and one that never ends is cut off
+        sock.sendall(AMQP_HEADER + b"\x7f\xff\xff\xff\x02\x00\x00\x00")
+        read_to_the_end(sock)
+        reset = select.poll()
+        reset.register(sock, 0)
+        end = time.monotonic() + CLOSE_WAIT_S + WAIT_S
+        while not reset.poll(50):
+            assert time.monotonic() < end
+            sock.send(b"\0")  # TCP tells only who sends
     gateway.others_keep_their_rate()
 
 

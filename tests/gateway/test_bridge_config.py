@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.config import ConfigErrors, explain, loads
+from gateway.config import ConfigErrors, loads
+from gateway.config_explain import explain
 from gateway.config_values import BrokerUrl, parse_broker_url
 
 GOOD = """\

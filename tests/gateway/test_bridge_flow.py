@@ -12,7 +12,7 @@ from gateway.amqp.message import Message, decode, encode
 from gateway.bridge_flow import CURSOR, HELD_BYTES_MAX, Inflow, Outflow, Taken, release
 from gateway.broker import Broker
 from gateway.config import loads
-from gateway.mqtt.codec import PublishProperties
+from gateway.mqtt.packets import PublishProperties
 from storeforward.journal import Journal
 from storeforward.streams import Stream
 
@@ -406,3 +406,26 @@ def test_a_bridge_that_is_no_more_holds_no_messages(out: Outflow, journal: Journ
     assert release(journal, frozenset({"commands"})) == ["tables"]
     assert release(journal) == ["commands"]
     assert not any(CURSOR in stream.cursors for stream in journal.streams.values())
+
+
+def test_what_the_hub_settles_unwritten_is_answered_to_the_broker_in_turn(journal: Journal) -> None:
+    text = CONFIG.replace('address = "edge"\n', 'address = "edge"\nack = "disk-or-hub"\n')
+    broker = Broker(loads(text, check_files=False), journal)
+    stream = journal.streams["telemetry"]
+    journal.hold(stream, True, 1.0)
+    near = Near(journal, broker)
+    near.receive(taken(1))  # still written, and seqs are reserved with it
+    journal.commit_now()
+    journal.advance(stream, stream.cursors["uplink"], stream.next_seq)
+    journal.commit_now()
+    near.receive(taken(2), taken(3))
+    journal.turn(1.0)
+    assert near.answered == [1]
+    assert not journal.pending
+    journal.advance(stream, stream.cursors["uplink"], stream.next_seq)
+    journal.turn(1.0)
+    assert near.answered == [1, 2, 3]
+    near.receive(taken(4), taken(5, "alarm/door"))  # one batch of the bridge's, two streams: written
+    journal.turn(1.0)
+    journal.commit_now()
+    assert near.answered == [1, 2, 3, 4, 5]

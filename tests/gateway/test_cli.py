@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -85,7 +86,9 @@ def state(tmp_path: Path) -> Path:
     connection = sqlite3.connect(tmp_path / "journal.db")
     connection.execute("PRAGMA journal_mode = WAL")
     schema.migrate(connection)
-    connection.execute("INSERT INTO stream VALUES (1, 'alarms', 'outbound', 5, 4, 400)")
+    connection.execute(
+        "INSERT INTO stream (id, name, direction, next_seq, rows, bytes) VALUES (1, 'alarms', 'outbound', 5, 4, 400)"
+    )
     connection.execute("INSERT INTO cursor VALUES (1, 1, 'uplink', 'uplink', 1)")
     for seq, payload in enumerate(payloads, 1):
         body = body_of(payload)
@@ -287,7 +290,7 @@ def test_losses_are_totals_and_rows(state: Path) -> None:
 
 def test_losses_of_a_stream_are_none_only_where_there_is_such_a_stream(state: Path) -> None:
     with closing(sqlite3.connect(state / "journal.db")) as connection:
-        connection.execute("INSERT INTO stream VALUES (99, 'telemetry', 'outbound', 1, 0, 0)")
+        connection.execute("INSERT INTO stream (id, name, direction) VALUES (99, 'telemetry', 'outbound')")
         connection.commit()
     assert run("losses", "--stream", "telemetry", "--state-dir", state).stdout == "nothing was lost\n"
     mistyped = run("losses", "--stream", "other", "--state-dir", state)
@@ -311,7 +314,7 @@ def test_a_piped_table_is_never_shortened(state: Path) -> None:
 def test_on_a_terminal_long_cells_are_folded_and_nothing_is_left_out(state: Path) -> None:
     ours, theirs = pty.openpty()
     command = [*LINESIDE, "backlog", "alarms", "--state-dir", str(state)]
-    child = subprocess.Popen(command, stdout=theirs, env={**os.environ, "COLUMNS": "40", "TERM": "xterm"})
+    child = subprocess.Popen(command, stdout=theirs, env={**os.environ, "COLUMNS": "50", "TERM": "xterm"})
     os.close(theirs)
     out = b""
     while True:
@@ -324,6 +327,50 @@ def test_on_a_terminal_long_cells_are_folded_and_nothing_is_left_out(state: Path
     assert child.wait() == 0
     assert "…".encode() not in out
     assert "─".encode() in out
+
+
+@pytest.mark.parametrize("words", [["backlog", "alarms"], ["export", "alarms"], ["backlog", "--json"], ["--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_on_a_full_disk_is_said_in_one_line(state: Path, words: list[str], unbuffered: str) -> None:
+    where = [] if words == ["--help"] else ["--state-dir", str(state)]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*LINESIDE, *words, *where],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "lineside: the output can't be written: No space left on device\n"
+
+
+def test_a_file_that_may_not_be_looked_at_is_said_in_one_line(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/closed/journal.db")
+
+    monkeypatch.setattr("storeforward.backup.hand_over", closed)
+    result = run("backup", "--move", "/tmp/anywhere.db", "--state-dir", state)
+    assert (result.exit_code, result.stderr) == (1, "lineside: /closed/journal.db: Permission denied\n")
+
+
+def test_a_reader_that_has_gone_is_no_news(state: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [*LINESIDE, "backlog", "--state-dir", str(state)]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_that_are_closed_are_no_fault(state: Path, closed: str) -> None:
+    command = [*LINESIDE, "backlog", "--state-dir", str(state)]
+    result = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *command], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 # --------------------------------------------------------------------------------------------------- dead letters
@@ -399,6 +446,20 @@ def test_status_and_clients_answer_with_the_daemon_stopped(state: Path) -> None:
     assert re.search(r"daemon: +stopped", run("status", "--state-dir", state).stdout)
     assert run_json("clients", "--state-dir", state)["away"][0]["client"] == "panel"
     assert "stopped" in run("clients", "--state-dir", state).stdout
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_health_check_is_not_content_with_the_journal(state: Path, more: list[str]) -> None:
+    result = run("status", "--running", *more, "--state-dir", state)
+    assert result.exit_code == 1
+    assert "stopped" in result.stdout, "what the journal says is told all the same"
+
+
+def test_a_health_check_is_content_with_a_daemon_that_answers(state: Path, daemon: Daemon) -> None:
+    daemon.answer = says(STATUS)
+    assert run("status", "--running", "--state-dir", state).exit_code == 0
+    daemon.answer = lambda asked: b""
+    assert run("status", "--running", "--state-dir", state).exit_code == 1
 
 
 def test_clients_shows_whatever_the_daemon_tells_of_those_here_and_away(state: Path, daemon: Daemon) -> None:
@@ -494,8 +555,6 @@ def test_too_few_messages_are_status_1(mosquitto: Mosquitto) -> None:
 
 def test_what_cannot_be_is_said_in_one_line(mosquitto: Mosquitto, tmp_path: Path) -> None:
     for words in (
-        ["publish", "a/#", "-m", "x", *to(mosquitto)],
-        ["subscribe", "a/#/b", *to(mosquitto)],
         ["publish", "a", "-m", "x", "--to", "127.0.0.1:1"],
         ["publish", "a", "-m", "x", "--to", f"unix:{tmp_path}/none"],
         ["publish", "a", "-m", "x", "--user", "u", "--password-file", tmp_path / "none", *to(mosquitto)],
@@ -543,3 +602,17 @@ def test_what_the_gateway_refuses_is_said_in_its_own_words(
     assert result.exit_code == 1
     assert complaint in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        (["publish", "a/#", "-m", "x"], "TOPIC: a/#: a topic name holds no wildcard"),
+        (["publish", "", "-m", "x"], "TOPIC"),
+        (["subscribe", "a/#/b"], "FILTER: a/#/b"),
+    ],
+)
+def test_a_topic_that_cannot_be_is_a_usage_error_before_anything_is_dialled(command: list[str], what: str) -> None:
+    result = CliRunner().invoke(cli, [*command, "--to", "127.0.0.1:1"])
+    assert result.exit_code == 2
+    assert what in " ".join(result.stderr.split())

@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.config import Config, ConfigErrors, Listen, Problem, explain, load, loads
+import gateway.config_schema  # noqa: F401  turns the annotations of the tables into types
+from gateway.config import Config, ConfigErrors, Listen, Problem, load, loads
+from gateway.config_explain import explain
+from gateway.config_report import fields_of, table_in
 from gateway.config_values import (
+    Shares,
     parse_duration,
     parse_hub_url,
     parse_listen,
@@ -68,6 +72,17 @@ def test_a_good_file_loads_with_its_units_read() -> None:
     assert config.inbound[0].address_for("x") == "edge.x.commands"
 
 
+def test_how_a_line_is_shared_out_is_read_and_explained() -> None:
+    shares = "shares = { urgent = 60, normal = 30, bulk = 10, live = 50 }"
+    config = loads(GOOD.replace('name = "depot"\n', f'name = "depot"\nrate = "9.6kbit/s"\n{shares}\n', 1))
+    [hub] = config.hubs
+    assert (hub.rate, hub.shares) == (1200.0, Shares(60, 30, 10, 50))
+    told = next(line for line in explain(config) if "at most 9.6kbit/s" in line)
+    assert "60 % of the line, normal ones 30 %, bulk 10 %" in told
+    [hub] = loads(GOOD).hubs
+    assert (hub.rate, hub.shares) == (None, Shares(70, 20, 10, 80))
+
+
 # Each: a line of GOOD, what to put in its place, the place of every problem, a word of what is told to write.
 WRONG = [
     # the gateway
@@ -82,6 +97,11 @@ WRONG = [
     ('id = "loco-4711"', 'id = "a"\nlisten = []', [(3, "gateway.listen")], "listen under [mqtt] or [amqp]"),
     ("[gateway]", "[gatway]", [(1, "gateway"), (1, "gatway")], "[gateway]"),
     ("[gateway]", "[[gateway]]", [(1, "gateway")], "[gateway]"),
+    # how a hub's line is shared out
+    ('name = "depot"', 'name = "depot"\nrate = 9600', [(7, "hub[0].rate")], '"9.6kbit/s"'),
+    ('name = "depot"', 'name = "depot"\nrate = "9.6kb/s"', [(7, "hub[0].rate")], '"9.6kB/s"'),
+    ('name = "depot"', 'name = "depot"\nshares = { urgent = 90 }', [(7, "hub[0].shares")], "{ urgent = 70,"),
+    ('name = "depot"', 'name = "depot"\nshares = [70, 20, 10]', [(7, "hub[0].shares")], "{ urgent = 70,"),
     # listeners
     ("[mqtt]", '[amqp]\nlisten = ["localhost:1883"]\n[mqtt]', [(4, "amqp.listen[0]")], ""),
     ('["127.0.0.1:1883"]', '"127.0.0.1:1883"', [(4, "mqtt.listen")], 'listen = ["127.0.0.1:1883"]'),
@@ -89,6 +109,9 @@ WRONG = [
     ('["127.0.0.1:1883"]', '[\n"127.0.0.1:1",\n":1883"]', [(6, "mqtt.listen[1]")], '"127.0.0.1:1883"'),
     ('["127.0.0.1:1883"]', '["127.0.0.1"]', [(4, "mqtt.listen[0]")], '"127.0.0.1:1883"'),
     ('["127.0.0.1:1883"]', '["127.0.0.1:70000"]', [(4, "mqtt.listen[0]")], '"127.0.0.1:1883"'),
+    ('["127.0.0.1:1883"]', '["[::1]1884"]', [(4, "mqtt.listen[0]")], '"[::1]:1884"'),
+    ('["127.0.0.1:1883"]', '["::1:1884"]', [(4, "mqtt.listen[0]")], '"[::1]:1884"'),
+    ('["127.0.0.1:1883"]', '["fe80::1"]', [(4, "mqtt.listen[0]")], '"[fe80::1]:1883"'),
     ('["127.0.0.1:1883"]', '["unix:x"]', [(4, "mqtt.listen[0]")], ""),
     ('["127.0.0.1:1883"]', f'["unix:/{"x" * 107}"]', [(4, "mqtt.listen[0]")], ""),
     ('["127.0.0.1:1883"]', '["0.0.0.0:1883"]', [(4, "mqtt.listen[0]")], 'allow_plaintext = "yes, without TLS"'),
@@ -147,6 +170,14 @@ WRONG = [
     ('name = "depot"', 'name = "depot"\nsasl = "plain"', [(7, "hub[0].sasl")], 'sasl = "auto"'),
     ('name = "depot"', 'name = "depot"\nsasl = "external"', [(7, "hub[0].sasl")], 'sasl = "auto"'),
     ('name = "depot"', 'name = "depot"\nuser = "u"', [(5, "hub[0].password_file")], "password_file ="),
+    ('name = "depot"', 'name = "depot"\nocsp = "yes"', [(7, "hub[0].ocsp")], 'ocsp = "off"'),
+    ('name = "depot"', 'name = "depot"\nocsp = true', [(7, "hub[0].ocsp")], 'ocsp = "off"'),
+    (
+        'name = "depot"\nurls = ["amqps://hub.example:5671"]',
+        'name = "depot"\nocsp = "require"\nurls = ["amqps://hub.example:5671", "amqp://127.0.0.1:5672"]',
+        [(8, "hub[0].urls[1]")],
+        '"amqps://127.0.0.1:5671", or ocsp = "off"',
+    ),
     ('name = "depot"', 'name = "depot"\nca = "/nowhere/ca.pem"', [(7, "hub[0].ca")], ""),
     ('name = "depot"', 'name = "depot"\nca = "/"', [(7, "hub[0].ca")], ""),
     ('name = "depot"', 'name = "depot"\nwindow = 0', [(7, "hub[0].window")], "window = 1"),
@@ -302,6 +333,18 @@ def test_plaintext_is_had_by_asking_in_so_many_words() -> None:
     config = loads(GOOD.replace('id = "loco-4711"', weaker))
     assert config.gateway.accept_loss
     assert any("power cut" in line for line in explain(config))
+
+
+def test_what_is_asked_of_a_hub_s_staple_is_explained() -> None:
+    def told(ocsp: str) -> list[str]:
+        config = loads(GOOD.replace('name = "depot"\n', f'name = "depot"\nocsp = "{ocsp}"\n'))
+        return [line for line in explain(config) if "staple" in line]
+
+    assert told("off") == []
+    assert [line.startswith("hub depot is refused unless it staples") for line in told("require")] == [True]
+    refused, note = told("if-stapled")
+    assert refused.startswith("hub depot is refused if it staples")
+    assert note.startswith("note: who has stolen hub depot's key need staple nothing")
 
 
 def test_files_must_be_there_readable_and_of_their_kind(tmp_path: Path) -> None:
@@ -533,10 +576,11 @@ def test_every_example_loads_and_explains_itself(path: Path) -> None:
 
 def test_the_full_example_names_every_key() -> None:
     text = (EXAMPLES / "gateway.toml").read_text()
-    for table in Config.model_fields.values():
-        for model in [table.annotation, *getattr(table.annotation, "__args__", ())]:
-            for name, field in getattr(model, "model_fields", {}).items():
-                assert f"{field.alias or name} = " in text, name
+    for name, table in fields_of(Config).items():
+        keys = fields_of(table_in(table.annotation))
+        assert keys, name
+        for key in keys:
+            assert f"{key} = " in text, (name, key)
 
 
 def test_replies_come_in_on_an_inbound_stream_of_the_same_hub() -> None:

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from storeforward import schema
 from tests.daemon import WAIT_S, Client, Daemon
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    daemon = Daemon(tmp_path)
-    try:
-        daemon.status()
-        yield daemon
-    finally:
-        daemon.end()
 
 
 def test_what_was_acknowledged_is_there_after_sigkill(daemon: Daemon) -> None:
@@ -157,3 +145,38 @@ def test_the_demo_keeps_every_promise_and_prints_one_json_object() -> None:
         assert verdict[way]["published"] == verdict[way]["delivered"] > 100
         assert verdict[way]["lost"] == verdict[way]["reordered"] == 0
     assert verdict["tunnels"] == 3
+
+
+def test_a_journal_removed_while_in_use_ends_the_daemon_before_anything_more_is_acknowledged(daemon: Daemon) -> None:
+    client = Client(daemon.port)
+    client.publish(10)
+    shutil.rmtree(daemon.state)
+    client.client.publish("train/speed", b"late", qos=1)
+    assert daemon.process.wait(WAIT_S) == 1
+    assert client.disconnected.wait(WAIT_S)
+    client.client.loop_stop()
+    assert client.acknowledged == 10
+    assert "journal.db: No such file or directory, while it is in use" in daemon.log.read_text()
+
+
+def test_what_was_acknowledged_outlives_the_removal_of_its_wal(daemon: Daemon) -> None:
+    client = Client(daemon.port)
+    client.publish(100)
+    (daemon.state / "journal.db-wal").unlink()
+    infos = [client.client.publish("train/speed", b"late", qos=1) for _ in range(10)]
+    assert daemon.process.wait(WAIT_S) == 1
+    assert client.disconnected.wait(WAIT_S)
+    client.client.loop_stop()
+    assert (client.acknowledged, len(infos)) == (100, 10)
+    daemon.start()
+    assert daemon.rows() == 100
+
+
+def test_started_without_standard_streams_it_runs_and_nothing_of_ours_takes_their_place(daemon: Daemon) -> None:
+    daemon.process.kill()
+    daemon.process.wait()
+    command = [sys.executable, "-m", "gateway", "run", "--config", str(daemon.config)]
+    daemon.process = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command])
+    assert daemon.status()["gateway"] == "loco"
+    files = Path(f"/proc/{daemon.process.pid}/fd")
+    assert {os.readlink(files / str(number)) for number in range(3)} == {os.devnull}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,3 +95,32 @@ def test_the_second_address_takes_over_and_the_first_gets_the_traffic_back_nothi
     finally:
         for daemon in daemons:
             daemon.end()
+
+
+def test_an_address_where_nobody_answers_is_passed_over_and_tried_again(tmp_path: Path) -> None:
+    """A machine that is switched off says nothing, not even no."""
+    hub_port = free_port()
+    for name in ("hub", "gateway"):
+        (tmp_path / name).mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections in the kernel, and never reads
+        dead_port = silent.getsockname()[1]
+        config = CONFIG.replace(
+            '"amqp://127.0.0.1:{hub_port}"', f'"amqp://127.0.0.1:{dead_port}", "amqp://127.0.0.1:{hub_port}"'
+        )
+        hub = Daemon(tmp_path / "hub", HUB_CONFIG, hub_port)
+        daemons = [hub]
+        try:
+            hub.status()
+            reader = Reader(hub)
+            gateway = Daemon(tmp_path / "gateway", config, hub_port)
+            daemons.append(gateway)
+            gateway.status()
+            app = Client(gateway.port)
+            app.publish(100)
+            wait_until(lambda: len(reader.got) == 100, within_s=FAIL_BACK_S_MAX)
+            assert reader.got == list(range(100))
+            app.close()
+            reader.client.close()
+        finally:
+            for daemon in daemons:
+                daemon.end()

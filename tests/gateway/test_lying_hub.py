@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 
+import gateway.transports  # noqa: F401 - with it, asyncio's servers send alerts
 from gateway.amqp.driver import AmqpProtocol
-from gateway.amqp.engine import Deliveries, Engine, Event, LinkAttached, Opened, Receiver
+from gateway.amqp.engine import Engine, Receiver
+from gateway.amqp.events import Deliveries, Event, LinkAttached, Opened
 from gateway.amqp.message import decode, encode
 from gateway.amqp.sasl import SaslServer
 from gateway.committer import Committer
 from gateway.config import loads
 from gateway.uplink.hub import HubLink
+from gateway.uplink.state import ATTEMPTS_MAX, STAGGER_S
 from storeforward.journal import Journal
 from tests.pki import Pki
 
@@ -36,7 +39,7 @@ id = "loco"
 name = "depot"
 urls = ["{scheme}://127.0.0.1:{port}"]
 {extra}
-connect_timeout = "1s"
+connect_timeout = "{connect_timeout}"
 sasl_timeout = "200ms"
 open_timeout = "200ms"
 attach_timeout = "200ms"
@@ -51,13 +54,24 @@ address = "edge"
 """
 
 
+SECOND_STREAM = """
+[[outbound]]
+stream = "logs"
+topics = ["log/#"]
+hub = "depot"
+address = "full"
+"""
+
+
 class Hub:
     """A hub in earnest; `settle` decides what becomes of each batch, `refuse` of each attach."""
 
     def __init__(self) -> None:
         self.got: list[str] = []
+        self.receivers: list[Receiver] = []
         self.refuse = False
         self.open = True
+        self.credit = 100
         self.settle: Callable[[Receiver, list[int]], None] = lambda link, handles: link.accept(handles)
 
     def protocol(self) -> AmqpProtocol:
@@ -78,8 +92,9 @@ class Hub:
                     if self.refuse:
                         link.refuse("amqp:not-found", "no such address")
                     else:
+                        self.receivers.append(link)
                         link.confirm()
-                        link.topup(100)
+                        link.topup(self.credit)
                 case Deliveries(receiver, batch):
                     self.got += [decode(body).body.decode() for _, body in batch]
                     self.settle(receiver, [handle for handle, _ in batch])
@@ -113,8 +128,9 @@ class Script(asyncio.Protocol):
 class Bench:
     """A journal, its committer, one hub link, and a port where the listener can be changed."""
 
-    def __init__(self, path: Path, extra: str, scheme: str) -> None:
-        self.path, self.extra, self.scheme = path, extra, scheme
+    def __init__(self, path: Path, extra: str, scheme: str, more: str = "") -> None:
+        self.path, self.extra, self.scheme, self.more = path, extra, scheme, more
+        self.connect_timeout = "1s"
         self.good = Hub()
         self.factory: Callable[[], asyncio.BaseProtocol] = self.good.protocol
         self.context: ssl.SSLContext | None = None
@@ -123,10 +139,16 @@ class Bench:
         loop = asyncio.get_running_loop()
         self.server = await loop.create_server(lambda: self.factory(), "127.0.0.1", 0, ssl=self.context)
         port = self.server.sockets[0].getsockname()[1]
-        config = loads(CONFIG.format(port=port, extra=self.extra, scheme=self.scheme))
+        config = loads(
+            CONFIG.format(port=port, extra=self.extra, scheme=self.scheme, connect_timeout=self.connect_timeout)
+            + self.more
+        )
         self.journal = Journal.open(self.path)
         self.stream = self.journal.stream("alarms", "outbound")
         self.cursor = self.journal.cursor(self.stream, "uplink", "uplink")
+        if self.more:
+            self.second = self.journal.stream("logs", "outbound")
+            self.journal.cursor(self.second, "uplink", "uplink")
         self.faults: list[Exception] = []
         self.committer = Committer(self.journal, loop, lambda batch: self.link.committed(), self.faults.append)
         self.link = HubLink(config.hubs[0], "loco", config.outbound, (), self.journal, self.committer.kick)
@@ -152,6 +174,9 @@ class Bench:
         """The next good connection takes everything, in order."""
         self.factory = self.good.protocol
         self.link.network_changed()
+        await self.until(lambda: self.cursor.position > len(expected))
+        self.journal.write_cursors()  # as the daemon does a few times a second
+        self.committer.kick()
         await self.until(lambda: self.cursor.durable > len(expected))
         assert "".join(dict.fromkeys(self.good.got)) == expected
         assert not self.faults
@@ -159,9 +184,17 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench_at(path: Path, extra: str = "", scheme: str = "amqp", context: ssl.SSLContext | None = None) -> Any:
-    bench = Bench(path, extra, scheme)
+async def bench_at(
+    path: Path,
+    extra: str = "",
+    scheme: str = "amqp",
+    context: ssl.SSLContext | None = None,
+    connect_timeout: str = "1s",
+    more: str = "",
+) -> Any:
+    bench = Bench(path, extra, scheme, more)
     bench.context = context
+    bench.connect_timeout = connect_timeout
     await bench.start()
     try:
         yield bench
@@ -269,6 +302,25 @@ def test_a_hub_that_never_settles_is_named(tmp_path: Path, caplog: pytest.LogCap
         run(story())
 
 
+def test_a_hub_that_gives_no_credit_is_named_and_has_everything_once_it_does(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            bench.good.credit = 2
+            bench.put(*"abcde")
+            bench.link.start()
+            await bench.until(lambda: bench.link.describe()["notes"])
+            assert bench.link.describe()["notes"] == [
+                "edge: the hub gives no credit: no room there, or it holds senders up"
+            ]
+            assert bench.good.got == ["a", "b"]
+            [receiver] = bench.good.receivers
+            receiver.topup(100)
+            await bench.drained("abcde")
+            assert bench.link.describe()["notes"] == []
+
+    run(story())
+
+
 def test_settling_out_of_order_moves_the_cursor_only_without_gaps(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench_at(tmp_path) as bench:
@@ -352,13 +404,216 @@ def test_a_certificate_of_somebody_else_is_named_and_nothing_is_sent(tmp_path: P
     run(story())
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("ours", ["none", "foreign"])
+def test_a_hub_that_refuses_our_certificate_says_so_and_is_not_dialled_as_if_the_line_were_down(
+    tmp_path: Path, pki: Pki, other_pki: Pki, version: ssl.TLSVersion, ours: str
+) -> None:
+    strict = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    strict.load_cert_chain(pki.server.cert, pki.server.key)
+    strict.load_verify_locations(pki.ca)
+    strict.verify_mode = ssl.CERT_REQUIRED
+    strict.minimum_version = strict.maximum_version = version
+    identity = f'cert = "{other_pki.client.cert}"\nkey = "{other_pki.client.key}"' if ours == "foreign" else ""
+    alert = "unknown ca" if ours == "foreign" else "certificate required"
+    expected = f"the hub refuses our certificate, or the want of one: {alert}"
+    if ours == "none" and version is ssl.TLSVersion.TLSv1_2:
+        expected = "TLS: sslv3 alert handshake failure"  # that version has no better word for it
+
+    async def story() -> None:
+        async with bench_at(tmp_path, f'ca = "{pki.ca}"\n{identity}', "amqps", strict) as bench:
+            bench.put("a")
+            bench.link.start()
+            await bench.error(expected)
+            assert bench.good.got == []
+            assert bench.link.describe()["dialled"] <= 2
+            strict.verify_mode = ssl.CERT_NONE
+            await bench.drained("a")
+
+    run(story())
+
+
+def test_a_port_that_speaks_no_tls_is_named(tmp_path: Path, pki: Pki) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path, f'ca = "{pki.ca}"', "amqps") as bench:
+            bench.factory = lambda: Script([b"HTTP/1.1 400 Bad Request\r\n\r\n"], True)
+            bench.link.start()
+            await bench.error("TLS: what answers there speaks no TLS")
+
+    run(story())
+
+
+class FullQueue(Hub):
+    """As Qpid Broker-J does: at a message too many it closes the link to `full`, and at the next the connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attached: list[str | None] = []
+        self.full = True
+
+    def on_events(self, engine: Engine, events: list[Event]) -> None:
+        super().on_events(engine, events)
+        for event in events:
+            if isinstance(event, LinkAttached):
+                assert event.target is not None
+                self.attached.append(event.target.address)
+                if event.target.address == "full":
+                    event.link.context = "full"
+                    assert isinstance(event.link, Receiver)
+                    self.settle = self._settle
+
+    def _settle(self, link: Receiver, handles: list[int]) -> None:
+        if link.context != "full" or not self.full:
+            link.accept(handles)
+            return
+        link.close("amqp:resource-limit-exceeded", "Maximum depth exceeded")
+        link._engine.close("amqp:session:unattached-handle", "TRANSFER for link handle 0 which is not attached")
+
+
+def test_a_full_queue_for_which_the_hub_ends_the_connection_does_not_hold_up_the_other_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.uplink.hub.REATTACH_S_MIN", 0.5)
+
+    async def story() -> None:
+        async with bench_at(tmp_path, more=SECOND_STREAM) as bench:
+            hub = FullQueue()
+            bench.good, bench.factory = hub, hub.protocol
+            bench.journal.append(bench.second, "log/x", lambda seq, body: encode(body), b"too many")
+            bench.committer.kick()
+            bench.link.start()
+            await bench.until(lambda: bench.link.describe()["connected"] == 2)
+            bench.put("a")
+            await bench.until(lambda: "a" in hub.got)
+            assert hub.attached.count("full") == 1
+            assert "Maximum depth exceeded" in bench.link.describe()["error"]
+            await bench.until(lambda: hub.attached.count("full") == 2)  # tried again, with the same end
+            await bench.until(lambda: bench.link.describe()["connected"] == 3)
+            bench.put("b")
+            await bench.until(lambda: "b" in hub.got)
+            assert hub.attached.count("full") == 2
+            hub.full = False
+            await bench.until(lambda: bench.second.cursors["uplink"].position == 2)
+            assert bench.link.describe()["connected"] == 3
+            assert hub.got == ["too many", "a", "too many", "b", "too many"]
+
+    run(story())
+
+
+def test_a_queue_that_closes_its_link_at_a_window_too_large_for_it_gets_less_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qpid Broker-J with overflow policy REJECT: nothing of what came before the message too many was settled."""
+    monkeypatch.setattr("gateway.uplink.hub.REATTACH_S_MIN", 0.05)
+    monkeypatch.setattr("gateway.uplink.hub.REATTACH_S_MAX", 0.05)
+    taken: list[int] = []
+
+    def settle(link: Receiver, handles: list[int]) -> None:
+        if len(handles) > 3:
+            link.close("amqp:resource-limit-exceeded", "Maximum depth exceeded")
+        else:
+            link.accept(handles)
+            taken.append(len(handles))
+
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            bench.good.settle = settle
+            bench.put(*"abcdefghijklmnopqrst")
+            bench.link.start()
+            await bench.until(lambda: bench.cursor.position > 20)
+            assert bench.link.describe()["connected"] == 1
+
+    run(story())
+    assert sum(taken) == 20
+
+
+class Pipe(asyncio.Protocol):
+    """What comes in here goes out there."""
+
+    def __init__(self, there: asyncio.Transport) -> None:
+        self.there = there
+
+    def data_received(self, data: bytes) -> None:
+        self.there.write(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.there.close()
+
+
+class Busy(asyncio.Protocol):
+    """Takes connections, and has no time for their TLS handshakes before `after_s`; then `port` answers."""
+
+    def __init__(self, port: int, after_s: float) -> None:
+        self.port, self.after_s = port, after_s
+        self.taken = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.pause_reading()
+        self.taken += 1
+        loop = asyncio.get_running_loop()
+        loop.call_later(self.after_s, lambda: loop.create_task(self._pass_on(transport)))
+
+    async def _pass_on(self, transport: asyncio.Transport) -> None:
+        loop = asyncio.get_running_loop()
+        hub, _ = await loop.create_connection(lambda: Pipe(transport), "127.0.0.1", self.port)
+        transport.set_protocol(Pipe(hub))
+        transport.resume_reading()
+
+
+@asynccontextmanager
+async def busy_hub(path: Path, pki: Pki, after_s: float, connect_timeout: str) -> Any:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pki.server.cert, pki.server.key)
+    async with bench_at(path, f'ca = "{pki.ca}"', "amqps", connect_timeout=connect_timeout) as bench:
+        hub = await asyncio.get_running_loop().create_server(bench.good.protocol, "127.0.0.1", 0, ssl=context)
+        busy = Busy(hub.sockets[0].getsockname()[1], after_s)
+        bench.factory = lambda: busy
+        try:
+            yield bench, busy
+        finally:
+            hub.close()
+
+
+def test_a_hub_that_is_slow_to_answer_a_tls_handshake_is_not_hung_up_on_before_it_does(
+    tmp_path: Path, pki: Pki
+) -> None:
+    async def story() -> None:
+        # Longer than it takes to begin five attempts: the first of them must still be there.
+        async with busy_hub(tmp_path, pki, (ATTEMPTS_MAX + 1) * STAGGER_S, "8s") as (bench, busy):
+            bench.put("a")
+            bench.link.start()
+            await bench.until(lambda: bench.good.got == ["a"])
+            assert busy.taken <= ATTEMPTS_MAX + 3
+            assert bench.link.describe()["connected"] == 1
+
+    run(story())
+
+
+def test_the_longer_a_hub_leaves_tls_handshakes_unanswered_the_further_apart_they_come(
+    tmp_path: Path, pki: Pki
+) -> None:
+    async def story() -> None:
+        async with busy_hub(tmp_path, pki, 60.0, "1s") as (bench, busy):
+            bench.put("a")
+            bench.link.start()
+            await bench.error("no answer within 1 s (TLS)")
+            await bench.until(lambda: bench.link.state._stagger_s > 2 * STAGGER_S)
+            assert busy.taken < 12
+            busy.after_s = 0.0
+            bench.link.network_changed()
+            await bench.until(lambda: bench.good.got == ["a"])
+
+    run(story())
+
+
 def test_the_first_message_after_a_quiet_hour_does_not_make_the_line_a_silent_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story() -> None:
         async with bench_at(tmp_path) as bench:
             # What the kernel says between sending after a pause and the acknowledgement, one round trip later.
-            monkeypatch.setattr("gateway.uplink.hub.silent_ms", lambda sock: 3_600_000)
+            monkeypatch.setattr("gateway.uplink.attempt.silent_ms", lambda sock: 3_600_000)
             bench.put("a")
             bench.link.start()
             await bench.drained("a")

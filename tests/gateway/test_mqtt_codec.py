@@ -5,6 +5,15 @@ from __future__ import annotations
 import pytest
 
 from gateway.mqtt.codec import (
+    PropertiesCache,
+    TopicCache,
+    decode,
+    encode,
+    encode_properties,
+    encode_text,
+    encode_varint,
+)
+from gateway.mqtt.packets import (
     V3,
     V5,
     AckProperties,
@@ -20,7 +29,6 @@ from gateway.mqtt.codec import (
     Packet,
     Pingreq,
     Pingresp,
-    PropertiesCache,
     Puback,
     Pubcomp,
     Publish,
@@ -32,17 +40,11 @@ from gateway.mqtt.codec import (
     Subscribe,
     SubscribeProperties,
     Subscription,
-    TopicCache,
     Unsuback,
     Unsubscribe,
     UnsubscribeProperties,
     Will,
     WillProperties,
-    decode,
-    encode,
-    encode_properties,
-    encode_text,
-    encode_varint,
 )
 from gateway.mqtt.topics import check_filter, check_topic, filter_matches, split_shared
 

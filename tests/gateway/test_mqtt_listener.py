@@ -14,7 +14,8 @@ import pytest
 from gateway.app import App
 from gateway.config import load
 from gateway.mqtt import codec
-from gateway.mqtt.codec import (
+from gateway.mqtt.listener import WRITE_BUFFER_BYTES
+from gateway.mqtt.packets import (
     V3,
     V5,
     Connack,
@@ -26,12 +27,12 @@ from gateway.mqtt.codec import (
     Pingresp,
     Puback,
     Publish,
+    PublishProperties,
     Reason,
     Suback,
     Subscribe,
     Subscription,
 )
-from gateway.mqtt.listener import WRITE_BUFFER_BYTES
 from gateway.notify import Notifier
 
 WAIT_S = 10.0
@@ -244,15 +245,18 @@ def test_a_subscriber_that_stops_reading_costs_a_bounded_buffer_and_nobody_else_
         speaker, _ = await bench.connect("speaker")
         payload = bytes(4000)
         count = 5000  # 20 MB: more than the sockets' own buffers hold
-        for n in range(count):
-            speaker.say(Publish("news", payload, 1, packet_id=n + 1))
-            assert isinstance(await speaker.hear(), Puback)
-            assert isinstance(await quick.hear(), Publish)
+        together = 20  # by one commit, and written in one go
+        for at in range(1, count + 1, together):
+            for number in range(at, at + together):
+                speaker.say(Publish("news", payload, 1, packet_id=number))
+            for _ in range(together):
+                assert isinstance(await speaker.hear(), Puback)
+                assert isinstance(await quick.hear(), Publish)
         assert bench.app._mqtt is not None
         (held,) = [c for c in bench.app._mqtt.clients if c._conn.client_id == "stuck"]
         assert held.congested
         assert held._transport is not None
-        assert held._transport.get_write_buffer_size() <= WRITE_BUFFER_BYTES + len(payload) + 16
+        assert held._transport.get_write_buffer_size() <= WRITE_BUFFER_BYTES + together * (len(payload) + 16)
 
     play(tmp_path, story)
 
@@ -386,5 +390,43 @@ def test_no_puback_leaves_before_its_commit_is_back(tmp_path: Path) -> None:
         assert isinstance(answer, Pingresp), "the loop lives while the disk syncs, and has not acknowledged"
         go.set()
         assert await peer.acknowledged(1) == 0
+
+    play(tmp_path, story)
+
+
+def test_messages_with_the_same_properties_and_with_others_in_one_breath_each_keep_their_own(tmp_path: Path) -> None:
+    text, mark = PublishProperties(content_type="text/plain"), PublishProperties(user_property=(("a", "1"), ("a", "2")))
+    sent: list[tuple[str, PublishProperties, int]] = [
+        ("x", text, 1),
+        ("x", text, 1),
+        ("x", mark, 1),
+        ("y", mark, 1),
+        ("y", mark, 0),
+        ("y", PublishProperties(), 1),
+        ("y", PublishProperties(response_topic="back", correlation_data=b"7"), 1),
+        ("y", PublishProperties(payload_format_indicator=1), 1),
+        ("y", text, 2),
+        ("x", text, 1),
+    ]
+
+    async def story(bench: Bench) -> None:
+        reader, _ = await bench.connect("reader")
+        reader.say(Subscribe(1, (Subscription("#", 1),)))
+        assert isinstance(await reader.hear(), Suback)
+        peer, _ = await bench.connect("app")
+        packets = [
+            Publish(topic, b"%d" % n, qos, False, False, n + 1 if qos else 0, properties)
+            for n, (topic, properties, qos) in enumerate(sent)
+        ]
+        peer.writer.write(b"".join(codec.encode(packet, V5) for packet in packets))
+        heard = []
+        for _ in sent:
+            packet = await reader.hear()
+            assert isinstance(packet, Publish)
+            heard.append((packet.topic, packet.properties, packet.qos))
+            assert packet.payload == b"%d" % (len(heard) - 1)
+        assert heard == [(topic, properties, min(qos, 1)) for topic, properties, qos in sent]
+        assert bench.app._mqtt is not None
+        assert len(bench.app._mqtt.encoders) == 6, "by topic, QoS and properties"
 
     play(tmp_path, story)

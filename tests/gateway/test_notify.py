@@ -8,11 +8,13 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from gateway.notify import (
+    EXTEND_S,
     JournalHandler,
     LineFormatter,
     Notifier,
@@ -230,3 +232,19 @@ def test_the_journal_is_used_only_where_standard_error_leads_there(tmp_path: Pat
         handler = log_handler(here, stream, str(journal))
         assert isinstance(handler, JournalHandler)
         handler.close()
+
+
+def test_a_start_that_takes_long_asks_for_more_time_until_it_is_over(manager: tuple[str, socket.socket]) -> None:
+    path, server = manager
+    notifier = Notifier(path)
+    with notifier.starting(every_s=0.01):
+        assert heard(server) == f"EXTEND_TIMEOUT_USEC={EXTEND_S * 1_000_000:.0f}"
+        heard(server)
+    server.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            heard(server)
+    with pytest.raises(BlockingIOError):
+        heard(server)
+    notifier.ready()
+    assert heard(server).startswith("READY=1")

@@ -25,6 +25,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from gateway.cli.main import cli
 from gateway.cli.pki import KINDS, REASONS
 from security import pki, pki_store
+from security.ocsp import StapleError, judge
 from security.tls import client_context, server_context
 from tests import parts
 from tests.conftest import require
@@ -337,6 +338,54 @@ def test_openssl_takes_each_kind_for_what_it_is_and_nobody_revoked(tmp_path: Pat
     assert verify(ca, "hub") == "OK"
 
 
+@pytest.mark.parametrize("algorithm", ["p256", "ed25519"])
+def test_openssl_and_a_gateway_believe_the_response_that_a_hub_staples(tmp_path: Path, algorithm: str) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl here")
+    ca = tmp_path / "ca"
+    done("init", ca, "--algorithm", algorithm)
+    done("issue", ca, "depot", "--kind", "hub", "--dns", "localhost")
+    staple = ca / "issued" / "depot.ocsp"
+
+    def says() -> str:
+        told = json.loads(done("ocsp", ca, "depot", "--days", "3", "--json"))
+        assert told["ocsp"] == str(staple)
+        files = ["-issuer", ca / "ca.pem", "-CAfile", ca / "ca.pem", "-cert", issued(ca, "depot").cert]
+        command = [openssl, "ocsp", "-respin", staple, "-no_nonce", *files]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        assert "Response verify OK" in result.stderr
+        leaf, issuer = (
+            pki.certificate_from_pem(path.read_bytes()) for path in (issued(ca, "depot").cert, ca / "ca.pem")
+        )
+        late_s = time.time() - 5 * 86400  # a box without a battery
+        for now_s in (time.time(), late_s):
+            if told["status"] == "good":
+                judge(staple.read_bytes(), leaf, issuer, now_s)
+            else:
+                with pytest.raises(StapleError, match=r"revoked since .* \(keyCompromise\)"):
+                    judge(staple.read_bytes(), leaf, issuer, now_s)
+        with pytest.raises(StapleError):
+            judge(staple.read_bytes(), leaf, issuer, time.time() + 4 * 86400)
+        return result.stdout
+
+    assert ": good" in says()
+    done("revoke", ca, "depot", "--reason", "key-compromise")
+    assert ": revoked" in says()
+    done("issue", ca, "depot", "--kind", "hub", "--dns", "localhost", "--replace")
+    assert ": good" in says()
+    assert mode(staple) == 0o644
+
+
+def test_a_response_is_about_the_last_certificate_and_no_other(ca: Path) -> None:
+    done("issue", ca, "depot", "--kind", "hub", "--dns", "localhost")
+    old = issued(ca, "depot").cert.read_bytes()
+    done("renew", ca, "depot")
+    issued(ca, "depot").cert.write_bytes(old)
+    assert "is not the last certificate of depot" in told("ocsp", ca, "depot")
+    assert "has issued nothing to nobody" in told("ocsp", ca, "nobody")
+
+
 def test_java_reads_the_keystore_and_the_truststore(ca: Path) -> None:
     keytool = shutil.which("keytool")
     if keytool is None:
@@ -511,7 +560,8 @@ def test_a_gateway_that_is_revoked_is_refused_and_with_a_new_certificate_loses_n
     loco = fleet.gateway("loco-1")
     send(loco, 5)
     drained(loco)
-    loco.end()
+    loco.process.terminate()  # in order: killed, it would send some of what has just gone once more
+    assert loco.process.wait(20) == 0
     done("revoke", fleet.ca, "loco-1", "--reason", "key-compromise")  # the hub runs on, and reads the list again
     loco.start()
     send(loco, 7)

@@ -13,8 +13,8 @@ import pytest
 from gateway.amqp.message import Message, decode, encode
 from gateway.broker import Broker
 from gateway.config import loads
-from gateway.mqtt.codec import PublishProperties
 from gateway.mqtt.delivery import Delivery
+from gateway.mqtt.packets import PublishProperties
 from gateway.replies import Inlet, Requests
 from gateway.uplink.intake import Intake
 from storeforward.journal import Journal

@@ -167,6 +167,7 @@ KEPT = verdict.Measured(
     ack_p99_s=0.01,
     latency_p99_s=0.1,
     memory_bytes=50 << 20,
+    urgent_p99_s=0.05,
 )
 
 
@@ -211,7 +212,10 @@ def test_nothing_is_promised_of_qos_0() -> None:
     assert broken(way(qos=0, acknowledged=0, delivered=50)) == set()
 
 
-@pytest.mark.parametrize("limits", [{"resume_p99": "400ms"}, {"drain": "1s"}, {"ack_p99": "5ms"}, {"memory": "49MiB"}])
+@pytest.mark.parametrize(
+    "limits",
+    [{"resume_p99": "400ms"}, {"drain": "1s"}, {"ack_p99": "5ms"}, {"urgent_p99": "40ms"}, {"memory": "49MiB"}],
+)
 def test_a_limit_of_time_or_memory_that_is_passed_is_broken(limits: dict[str, str]) -> None:
     assert len(broken(KEPT, **limits)) == 1
 
@@ -219,6 +223,15 @@ def test_a_limit_of_time_or_memory_that_is_passed_is_broken(limits: dict[str, st
 def test_a_starved_gateway_is_seen_in_the_ratio_to_the_median() -> None:
     assert verdict.slowest_ratio(verdict.Cut((), (1.0, 1.0, 1.0, 5.0))) == 5.0
     assert verdict.slowest_ratio(verdict.Cut((), (1.0, 5.0))) is None
+
+
+def test_a_gateway_that_connects_again_and_again_is_seen() -> None:
+    from dataclasses import replace
+
+    limits = {"connections_per_cut": 1}
+    cuts = len(KEPT.cuts)
+    assert broken(replace(KEPT, connections=1 + cuts), **limits) == set()
+    assert broken(replace(KEPT, connections=2 + cuts), **limits) == {"connections of a gateway a cut"}
 
 
 def test_resuming_and_draining_are_timed_from_the_lines_return_for_each_gateway() -> None:

@@ -11,8 +11,8 @@ import pytest
 from gateway.amqp.message import ANNOTATION_RETAIN, Template, encode
 from gateway.broker import Broker
 from gateway.config import loads
-from gateway.mqtt.codec import Connect, PublishProperties, Reason, Will, WillProperties
 from gateway.mqtt.delivery import Delivery
+from gateway.mqtt.packets import Connect, PublishProperties, Reason, Will, WillProperties
 from gateway.routing import filters_overlap
 from gateway.sessions import PUMP_ROWS_MAX, Session
 from storeforward.journal import Journal
@@ -137,7 +137,7 @@ def come(
     will: Will | None = None,
 ) -> tuple[Session, bool]:
     """A client connects and is told so."""
-    session, present = broker.connect(Connect(5, name, clean, will=will), name, expiry_s, outlet)
+    session, present, _ = broker.connect(Connect(5, name, clean, will=will), name, expiry_s, outlet)
     commit(broker)
     broker.attach(session, outlet)
     commit(broker)

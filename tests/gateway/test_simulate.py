@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from gateway.cli.main import cli
 from gateway.faultlink import FaultLink
 from gateway.simulate import disk, verify
 from gateway.simulate.fleet import Daemon
@@ -22,6 +24,7 @@ from gateway.simulate.report import render
 from gateway.simulate.runner import Result, Sample, Simulation
 from gateway.simulate.scenario import loads
 from gateway.simulate.verify import STATE_FILE, count, read_record
+from tests.conftest import require_fuse
 from tests.daemon import HUB_CONFIG
 from tests.daemon import Daemon as Hub
 
@@ -165,10 +168,12 @@ def test_the_list_names_every_shipped_scenario(tmp_path: Path) -> None:
 
 
 def test_verify_keeps_every_promise_for_two_cycles_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    done = lineside("verify", "--cycles", "2", "--directory", "try", "--json", cwd=tmp_path)
+    require_fuse()
+    done = lineside("verify", "--cycles", "2", "--power-cuts", "2", "--directory", "try", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert said["cycles"] == 2
+    assert (said["cycles"], said["power_cuts"], said["no_power_cuts"]) == (4, 2, None)
+    assert said["blows"]["power cut"] == 2
     assert said["delivered"] == said["acknowledged"] > 100
     assert said["disk"]["syncs"]["median_s"] > 0
     assert said["disk"]["pragmas"]["journal_mode"] == "wal"
@@ -177,7 +182,7 @@ def test_verify_keeps_every_promise_for_two_cycles_and_leaves_nothing_behind(tmp
 
 def test_an_interrupted_verify_stops_its_daemons_and_is_resumed_with_its_record(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "gateway", "verify", "--cycles", "500", "--directory", "try"],
+        [sys.executable, "-m", "gateway", "verify", "--cycles", "500", "--power-cuts", "0", "--directory", "try"],
         cwd=tmp_path,
         env=ENV,
         stdout=subprocess.DEVNULL,
@@ -185,17 +190,34 @@ def test_an_interrupted_verify_stops_its_daemons_and_is_resumed_with_its_record(
         text=True,
     )
     state, record = tmp_path / "try" / STATE_FILE, tmp_path / "try" / "record"
+
+    def within_a_cycle() -> bool:
+        """At least one has ended, and what the record holds is of the next: it is emptied after the state is stored."""
+        if not state.exists():
+            return False
+        tried = json.loads(state.read_text())
+        return tried["cycles"] >= 1 and sum(number >= tried["next"] for _, number in read_record(record)) > 20
+
     end = time.monotonic() + 60
-    while not (state.exists() and json.loads(state.read_text())["cycles"] >= 1 and len(read_record(record)) > 20):
+    while True:
         assert process.poll() is None
         assert time.monotonic() < end
+        if within_a_cycle():
+            process.send_signal(signal.SIGSTOP)  # it may have gone on since
+            if within_a_cycle():
+                break
+            process.send_signal(signal.SIGCONT)
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # SIGINT takes the same way
+    process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "go on with `lineside verify --resume" in errors
     before = json.loads(state.read_text())["cycles"]
-    done = lineside("verify", "--cycles", str(before + 1), "--directory", "try", "--resume", "--json", cwd=tmp_path)
+    done = lineside(
+        *("verify", "--cycles", str(before + 1), "--power-cuts", "0", "--directory", "try", "--resume", "--json"),
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     said = json.loads(done.stdout)
     assert said["cycles"] == before + 1
@@ -203,10 +225,14 @@ def test_an_interrupted_verify_stops_its_daemons_and_is_resumed_with_its_record(
     assert said["lost"] == 0
 
 
-async def waiting(daemon: Daemon, messages: int) -> None:
+async def grown(daemon: Daemon, messages: int) -> None:
+    """Until so many more wait than at the first look, when some may have been delivered and not yet crossed off."""
+    first: int | None = None
     while True:
         status = await daemon.ask("status")
-        if next(each for each in status["streams"] if each["direction"] == "outbound")["waiting"] >= messages:
+        now = next(each for each in status["streams"] if each["direction"] == "outbound")["waiting"]
+        first = now if first is None else first
+        if now >= first + messages:
             return
         await asyncio.sleep(0.02)
 
@@ -224,7 +250,7 @@ def test_verify_sees_a_gateway_that_forgets_what_it_acknowledged(
     async def kill_and_lose(daemon: Daemon) -> None:
         lines[0].cut()
         async with asyncio.timeout(20):
-            await waiting(daemon, 10)
+            await grown(daemon, 10)
         await kill(daemon)
         for path in daemon.state.glob("journal.db*"):
             path.unlink()
@@ -240,6 +266,16 @@ def test_verify_sees_a_gateway_that_forgets_what_it_acknowledged(
     assert run.tried.unaccounted > 0
     assert run.tried.missing
     assert not run.tried.kept
+
+
+def test_where_no_forgetful_disk_can_be_mounted_verify_says_so_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify.cutmount, "missing", lambda: "there is no /dev/fuse")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["verify", "--cycles", "1", "--directory", "try"])
+    assert done.exit_code == 0, done.output
+    assert "No power cuts were tried: there is no /dev/fuse" in done.output
 
 
 def test_verify_never_touches_a_directory_that_holds_anything(tmp_path: Path) -> None:

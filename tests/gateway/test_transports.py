@@ -21,7 +21,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from gateway.control_client import request as control
 from gateway.mqtt import codec
-from gateway.mqtt.codec import V5, Connack, Connect, Disconnect
+from gateway.mqtt.packets import V5, Connack, Connect, Disconnect
 from security.tls import client_context
 from tests.daemon import CONFIG as GATEWAY_CONFIG
 from tests.daemon import HUB_CONFIG, WAIT_S, Client, Daemon, free_port
@@ -383,3 +383,31 @@ def test_a_hub_that_asks_for_certificates_over_amqps_gets_them(tmp_path: Path, p
     finally:
         gateway.end()
         hub.end()
+
+
+@pytest.mark.parametrize(
+    ("who", "versions", "ciphers", "alert"),
+    [
+        ("nobody", ssl.TLSVersion.TLSv1_3, None, "TLSV13_ALERT_CERTIFICATE_REQUIRED"),
+        ("nobody", ssl.TLSVersion.TLSv1_2, None, "SSLV3_ALERT_HANDSHAKE_FAILURE"),
+        ("stranger", ssl.TLSVersion.TLSv1_3, None, "TLSV1_ALERT_UNKNOWN_CA"),
+        ("client", ssl.TLSVersion.TLSv1_2, "AES128-SHA:@SECLEVEL=0", "SSLV3_ALERT_HANDSHAKE_FAILURE"),
+    ],
+)
+def test_who_fails_the_handshake_is_told_why_by_the_standards_alert(
+    train: Train, other_pki: Pki, who: str, versions: ssl.TLSVersion, ciphers: str | None, alert: str
+) -> None:
+    context = ssl.create_default_context(cafile=train.pki.ca)
+    context.minimum_version = context.maximum_version = versions
+    if ciphers is not None:
+        context.set_ciphers(ciphers)
+    if who != "nobody":
+        certificate = train.pki.client if who == "client" else other_pki.client
+        context.load_cert_chain(certificate.cert, certificate.key)
+    with (
+        pytest.raises(ssl.SSLError) as failed,
+        socket.create_connection(("127.0.0.1", train.mqtts), WAIT_S) as sock,
+        context.wrap_socket(sock, server_hostname="127.0.0.1") as tls,
+    ):
+        tls.recv(1)
+    assert failed.value.reason == alert

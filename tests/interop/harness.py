@@ -28,24 +28,21 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
 from gateway.amqp.driver import AmqpProtocol
-from gateway.amqp.engine import (
+from gateway.amqp.engine import Engine, Sender
+from gateway.amqp.events import (
     Credit,
     Deliveries,
-    Durability,
-    Engine,
     Event,
-    Expiry,
     Failed,
     LinkAttached,
     LinkClosed,
     OutcomeKind,
     RemoteClosed,
-    Sender,
     Settled,
-    Terminus,
 )
 from gateway.amqp.message import decode, encode
 from gateway.amqp.sasl import SaslClient
+from gateway.amqp.termini import Durability, Expiry, Terminus
 from gateway.control_client import ControlError, DaemonStopped, request
 from gateway.faultlink import FaultLink, Line
 

@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from gateway.amqp.message import encode
 from gateway.config import loads
+from security.pki import truststore
 from tests import parts
 from tests.conftest import require
 from tests.interop import harness
-from tests.pki import Certificate, Pki
+from tests.pki import PASSWORD, Certificate, Pki
 
 PAGES = Path(__file__).resolve().parent.parent.parent / "deploy" / "hubs"
 HUBS = ("artemis", "rabbitmq", "lineside", "dispatch", "activemq-classic", "servicebus")
@@ -223,7 +225,7 @@ class RabbitMQ(parts.RabbitMQ):
             (here / name).write_text(files[name])
 
     def ready(self) -> bool:
-        return parts._speaks_amqp(self.port) and parts._accepts(self.tls_port or 0)
+        return parts._speaks_amqp(self.port) and parts.accepts(self.tls_port or 0)
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +282,141 @@ def test_an_address_of_rabbitmq_4_is_refused_by_3_and_nothing_is_lost(
         harness.wait_until(lambda: bool(gateway.status()["hubs"][0]["error"]), 20, "an error in the status")
         assert "/queues/edge.alarms" in gateway.status()["hubs"][0]["error"]
         assert gateway.waiting("alarms") == 10
+
+
+# ------------------------------------------------------------------ ActiveMQ Classic
+
+
+class ActiveMQ(parts.Part):
+    """ActiveMQ Classic with the page's elements in an otherwise empty broker; `changes` go into them."""
+
+    name = "activemq"
+
+    def __init__(self, pki: Pki, changes: dict[str, object] | None = None) -> None:
+        super().__init__(None)
+        self._changes = changes or {}
+        self._pki = pki
+        self.port, self.tls_port = parts.free_port(), parts.free_port()
+
+    def ready(self) -> bool:
+        return parts._speaks_amqp(self.port) and parts.accepts(self.tls_port)
+
+    def command(self) -> list[str]:
+        home, here = parts.activemq_home(), self.directory
+        places = {"home": home, "base": here, "conf": here / "conf", "data": here / "data"}
+        return [
+            *("java", "-Xms64m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData"),
+            *(f"-Dactivemq.{name}={place}" for name, place in places.items()),
+            *(f"-Djava.io.tmpdir={here / 'tmp'}", f"-Dlog4j.configuration=file:{here / 'conf' / 'log4j.properties'}"),
+            *("-jar", str(home / "bin" / "activemq.jar"), "start", f"xbean:file:{here / 'conf' / 'activemq.xml'}"),
+        ]
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def configure(self) -> None:
+        for name in ("conf", "data", "tmp"):
+            (self.directory / name).mkdir(exist_ok=True)
+        trust = self.directory / "conf" / "truststore.p12"
+        trust.write_bytes(truststore(x509.load_pem_x509_certificate(self._pki.ca.read_bytes()), PASSWORD.encode()))
+        places: dict[str, object] = {
+            "0.0.0.0:5671": f"127.0.0.1:{self.tls_port}",
+            "127.0.0.1:5672": f"127.0.0.1:{self.port}",
+            "/etc/activemq/hub.p12": self._pki.server.p12,
+            "/etc/activemq/truststore.p12": trust,
+            "change-this": PASSWORD,
+        }
+        elements = put_in(page("activemq-classic")["activemq.xml"], places | self._changes)
+        (self.directory / "conf" / "activemq.xml").write_text(_ACTIVEMQ.format(elements=elements))
+        (self.directory / "conf" / "log4j.properties").write_text(_ACTIVEMQ_LOG)
+
+
+_ACTIVEMQ = """\
+<beans xmlns="http://www.springframework.org/schema/beans" xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance"
+    xsi:schemaLocation="http://www.springframework.org/schema/beans
+        http://www.springframework.org/schema/beans/spring-beans.xsd
+        http://activemq.apache.org/schema/core http://activemq.apache.org/schema/core/activemq-core.xsd">
+  <broker xmlns="http://activemq.apache.org/schema/core" brokerName="depot" useJmx="false">
+    {elements}
+  </broker>
+</beans>
+"""
+_ACTIVEMQ_LOG = """\
+log4j.rootLogger=WARN, console
+log4j.appender.console=org.apache.log4j.ConsoleAppender
+log4j.appender.console.layout=org.apache.log4j.SimpleLayout
+"""
+
+
+@pytest.fixture
+def classic(pki: Pki, request: pytest.FixtureRequest) -> Iterator[ActiveMQ]:
+    require("activemq")
+    with ActiveMQ(pki, getattr(request, "param", None)) as hub:
+        yield hub
+
+
+@pytest.fixture
+def behind_classic(classic: ActiveMQ, pki: Pki, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Gateway]:
+    password = tmp_path / "depot.password"
+    password.write_text("change-me\n")
+    password.chmod(0o600)
+    places = _pki(pki) | _pair("activemq", classic.tls_port) | {"/etc/lineside/depot.password": password}
+    places |= getattr(request, "param", {})
+    gateway = Gateway(tmp_path, page("activemq-classic")["lineside.toml"], places)
+    with running(gateway):
+        gateway.is_up()
+        yield gateway
+
+
+def test_activemq_classic_as_on_its_page_takes_alarms_and_gives_commands(
+    classic: ActiveMQ, behind_classic: Gateway, loop: harness.Loop
+) -> None:
+    subscriber = harness.Subscriber(behind_classic.mqtt_port, "commands/#")
+    with harness.closing(subscriber):
+        publish(behind_classic)
+        got = loop.run(harness.consume(classic.port, "queue://edge.alarms", MESSAGES, durable=False, login=CENTRE))
+        assert got == list(range(MESSAGES))
+        loop.run(harness.put(classic.port, "queue://edge.loco-4711.commands", commands("go"), login=CENTRE))
+        harness.wait_until(lambda: len(subscriber.arrived) >= 20, 20, "all commands")
+    assert subscriber.arrived == list(range(20))
+
+
+SMALL_STORE = {
+    'storeUsage limit="10 gb"': 'storeUsage limit="512 kb"',
+    "<kahaDB ": '<kahaDB journalMaxFileLength="64kb" cleanupInterval="1000" ',
+}
+
+
+@pytest.mark.parametrize("classic", [SMALL_STORE], indirect=True)
+def test_at_a_full_activemq_classic_the_backlog_grows_and_then_drains_in_order(
+    classic: ActiveMQ, behind_classic: Gateway, loop: harness.Loop
+) -> None:
+    count = 4000
+    publish(behind_classic, count)
+    harness.wait_until(lambda: "Persistent store is Full" in classic.log, 30, "a full store")
+    assert behind_classic.waiting("alarms") > count // 2
+    got = loop.run(harness.consume(classic.port, "queue://edge.alarms", count, durable=False, login=CENTRE))
+    assert harness.Tally.of(got, count) == harness.Tally(0, 0, 0)
+    harness.wait_until(lambda: behind_classic.waiting("alarms") == 0, 20, "an empty stream")
+
+
+@pytest.mark.parametrize("classic", [SMALL_STORE], indirect=True)
+@pytest.mark.parametrize(
+    "behind_classic", [{'kind = "generic"': 'kind = "generic"\nsettle_timeout = "3s"'}], indirect=True
+)
+def test_activemq_classic_that_is_full_for_long_refuses_its_gateway_until_there_is_room(
+    classic: ActiveMQ, behind_classic: Gateway, loop: harness.Loop
+) -> None:
+    count = 4000
+    publish(behind_classic, count)
+    # It holds on to the connection that it no longer reads.
+    harness.wait_until(
+        lambda: "already connected" in str(behind_classic.status()["hubs"][0]["error"]), 60, "its words in the status"
+    )
+    got = loop.run(harness.consume(classic.port, "queue://edge.alarms", count, durable=False, login=CENTRE))
+    tally = harness.Tally.of(got, count)
+    assert (tally.lost, tally.reordered) == (0, 0)
+    harness.wait_until(lambda: behind_classic.waiting("alarms") == 0, 20, "an empty stream")
 
 
 # ------------------------------------------------------------------ Lineside

@@ -20,7 +20,7 @@ from tests import parts
 from tests.interop import harness
 from tests.pki import Pki
 
-OUTBOUND, INBOUND, KILLED = 50_000, 20_000, 10_000
+OUTBOUND, INBOUND, KILLED = 20_000, 10_000, 10_000
 WINDOW, MQTT_WINDOW = 1000, 200
 CUTS = 3
 DARK_S = 0.7
@@ -106,7 +106,7 @@ class Rig:
         harness.wait_until(lambda: self.line.forwarded_bytes >= until, 30, f"{count} bytes on the line")
 
     def drained(self) -> None:
-        harness.wait_until(lambda: self.daemon.waiting("telemetry") == 0, 40, "an empty stream")
+        harness.wait_until(lambda: self.daemon.waiting("telemetry") == 0, 80, "an empty stream")
 
 
 @pytest.fixture(params=["artemis", "rabbitmq"])
@@ -141,7 +141,7 @@ def rig(request: pytest.FixtureRequest, pki: Pki, tmp_path: Path) -> Iterator[Ri
         yield Rig(hub, loop, line, daemon, mqtt_port, out, into)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_what_was_acknowledged_reaches_the_hub_through_three_cuts(rig: Rig) -> None:
     publisher = harness.Publisher(rig.mqtt_port, "train/speed", OUTBOUND)
     with harness.closing(publisher):
@@ -154,7 +154,7 @@ def test_what_was_acknowledged_reaches_the_hub_through_three_cuts(rig: Rig) -> N
     assert tally.duplicates <= (0 if rig.remembers else CUTS * WINDOW), tally
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_what_the_hub_holds_reaches_a_local_subscriber_once_through_three_cuts(rig: Rig) -> None:
     subscriber = harness.Subscriber(rig.mqtt_port, "commands/#")
     with harness.closing(subscriber):
@@ -162,12 +162,12 @@ def test_what_the_hub_holds_reaches_a_local_subscriber_once_through_three_cuts(r
         rig.fill(INBOUND)
         rig.line.restore()
         rig.cut_thrice(INBOUND * 20, lambda: len(subscriber.arrived) < INBOUND)
-        harness.wait_until(lambda: len(subscriber.arrived) >= INBOUND, 40, "all commands")
+        harness.wait_until(lambda: len(subscriber.arrived) >= INBOUND, 80, "all commands")
         time.sleep(0.5)
     assert harness.Tally.of(subscriber.arrived, INBOUND) == harness.Tally(0, 0, 0)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_hub_that_is_killed_and_comes_back_has_everything(rig: Rig) -> None:
     publisher = harness.Publisher(rig.mqtt_port, "train/speed", INBOUND)
     with harness.closing(publisher):
@@ -184,7 +184,7 @@ def test_a_hub_that_is_killed_and_comes_back_has_everything(rig: Rig) -> None:
     assert tally.duplicates <= (0 if rig.remembers else WINDOW), tally
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_what_a_hub_held_when_it_was_killed_still_comes_once_and_in_order(rig: Rig) -> None:
     subscriber = harness.Subscriber(rig.mqtt_port, "commands/#")
     with harness.closing(subscriber):
@@ -201,7 +201,7 @@ def test_what_a_hub_held_when_it_was_killed_still_comes_once_and_in_order(rig: R
     assert harness.Tally.of(subscriber.arrived, KILLED) == harness.Tally(0, 0, 0)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_daemon_killed_three_times_loses_nothing_it_acknowledged(rig: Rig) -> None:
     seed = random.randrange(1 << 32)
     points = sorted(random.Random(seed).sample(range(500, KILLED - 500), CUTS))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from gateway.cli.main import cli
 from tests import parts
 from tests.conftest import require
 from tests.daemon import WAIT_S, Client, Daemon
+from tests.gateway.test_failover import wait_until
 from tests.pki import Certificate
 
 PASSWORD = "battery-staple"
@@ -97,6 +101,89 @@ def test_artemis_runs_on_the_keystore_and_truststore_and_refuses_whom_the_list_n
     with parts.Artemis(ca=ca / "ca.pem", server=issued(ca, "broker"), acceptor=stores) as artemis:
         assert waiting_after(ca, "loco-1", "artemis", artemis.tls_url, "edge.pki") == 0
         assert waiting_after(ca, "stolen", "artemis", artemis.tls_url, "edge.pki", refused="hub not reached") == 10
+
+
+class Responder(BaseHTTPRequestHandler):
+    """Answers whatever it is asked with the file of its server."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        assert isinstance(self.server, Answers)
+        answer = self.server.response.read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/ocsp-response")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Not to the terminal."""
+
+
+class Answers(ThreadingHTTPServer):
+    """An OCSP responder with one answer, DER."""
+
+    def __init__(self, response: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Responder)
+        self.response = response
+        self._thread = threading.Thread(target=self.serve_forever)
+
+    def __enter__(self) -> Answers:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+class StaplingArtemis(parts.Artemis):
+    """With the JVM's properties of deploy/hubs/artemis.md, and a cache that does not outlive the test."""
+
+    responder = 0
+
+    def command(self) -> list[str]:
+        java, *rest = super().command()
+        return [
+            java,
+            "-Djdk.tls.server.enableStatusRequestExtension=true",
+            f"-Djdk.tls.stapling.responderURI=http://127.0.0.1:{self.responder}",
+            "-Djdk.tls.stapling.cacheLifetime=1",
+            *rest,
+        ]
+
+
+def test_artemis_staples_what_a_responder_tells_it_and_a_gateway_heeds_that(ca: Path) -> None:
+    require("artemis")
+    good, revoked = ca / "good.ocsp", ca / "issued" / "broker.ocsp"
+    pki("ocsp", ca, "broker")
+    shutil.copy(revoked, good)
+    pki("revoke", ca, "broker")
+    pki("ocsp", ca, "broker")
+    keys = f";keyStoreType=PKCS12;keyStorePath={issued(ca, 'broker').p12};keyStorePassword={PASSWORD}"
+    with Answers(revoked) as answers:
+        artemis = StaplingArtemis(ca=ca / "ca.pem", server=issued(ca, "broker"), acceptor=keys)
+        artemis.responder = answers.server_port
+        with artemis:
+            url = {"name": "loco-1", "kind": "artemis", "url": artemis.tls_url, "address": "edge.pki", "ca": ca}
+            config = GATEWAY.format(**url).replace(f'crl = "{ca}/crl.pem"', 'ocsp = "require"')
+            directory = ca.parent / "loco-1"
+            directory.mkdir()
+            daemon = Daemon(directory, config)
+            try:
+                daemon.status()
+                client = Client(daemon.port)
+                client.publish(10)
+                client.close()
+                daemon.wait_for_log("it is revoked since")
+                assert daemon.stream()["waiting"] == 10
+                answers.response = good
+                wait_until(lambda: not daemon.stream()["waiting"], 2 * WAIT_S)
+            finally:
+                daemon.end()
 
 
 def test_rabbitmq_runs_on_the_pem_files_and_knows_a_gateway_by_its_name(ca: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.amqp.engine import OutcomeKind
+from gateway.amqp.events import OutcomeKind
 from gateway.amqp.message import Message, decode, encode
 from gateway.errors import PeerError
 from gateway.uplink.intake import Intake
@@ -122,16 +122,18 @@ def test_the_repeat_of_a_message_whose_commit_is_under_way_shares_its_fate(bench
     assert len(bench.stored()) >= accepted, "accepted means on disk"
 
 
-def test_a_failed_commit_gives_everything_back_and_what_comes_again_is_stored(bench: Bench) -> None:
-    bench.send(message("a", "1"))
+def test_what_a_commit_did_not_take_stays_unsettled_and_goes_in_before_anything_newer(bench: Bench) -> None:
+    """Released, it would come again behind what the hub had sent meanwhile."""
+    bench.send(message("a", "1"), message("b", "2"))
     bench.journal.begin()
+    bench.send(message("c", "3"), message("a", "1"))
     bench.journal.failed(sqlite3.OperationalError("disk I/O error"))
-    assert bench.outcomes() == [(RELEASED, 0)]
-    bench.journal.disk_full = False
-    bench.send(message("a", "1"))
+    bench.send(message("d", "4"))
+    assert bench.outcomes() == []
+    bench.intake.retry()
     bench.journal.commit_now()
-    assert bench.outcomes() == [(ACCEPTED, 1)]
-    assert bench.stored() == ["a"]
+    assert bench.stored() == ["a", "b", "c", "d"]
+    assert bench.outcomes() == [(ACCEPTED, n) for n in range(5)]
 
 
 def test_a_full_stream_holds_back_unsettled_grants_no_credit_and_goes_on_in_order(bench: Bench) -> None:

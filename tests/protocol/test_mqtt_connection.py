@@ -5,12 +5,38 @@ Run as a program, it measures the intake: `python tests/protocol/test_mqtt_conne
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 
 import pytest
 
-from gateway.mqtt.codec import (
+from gateway.mqtt.codec import decode, encode, encode_properties, remaining_length
+from gateway.mqtt.connection import (
+    RECEIVABLE,
+    RETURN_CODE_3,
+    TRANSITIONS,
+    Cause,
+    Limits,
+    ServerConnection,
+    State,
+    TooLargeForPeer,
+)
+from gateway.mqtt.events import (
+    Acked,
+    Completed,
+    Connected,
+    Disconnected,
+    Event,
+    Failed,
+    Message,
+    Publishes,
+    Received,
+    Released,
+    Subscribed,
+    Unsubscribed,
+)
+from gateway.mqtt.packets import (
     V3,
     V5,
     AckProperties,
@@ -38,32 +64,6 @@ from gateway.mqtt.codec import (
     Unsubscribe,
     Will,
     WillProperties,
-    decode,
-    encode,
-    encode_properties,
-    remaining_length,
-)
-from gateway.mqtt.connection import (
-    RECEIVABLE,
-    RETURN_CODE_3,
-    TRANSITIONS,
-    Acked,
-    Cause,
-    Completed,
-    Connected,
-    Disconnected,
-    Event,
-    Failed,
-    Limits,
-    Message,
-    Publishes,
-    Received,
-    Released,
-    ServerConnection,
-    State,
-    Subscribed,
-    TooLargeForPeer,
-    Unsubscribed,
 )
 
 BOTH = pytest.mark.parametrize("version", [V3, V5], ids=["3.1.1", "5.0"])
@@ -722,6 +722,49 @@ def test_bytes_may_come_in_any_split(version: int) -> None:
     assert len(whole[0]) == 3
     for step in range(1, 40):
         assert play(step) == whole
+
+
+@BOTH
+def test_messages_that_look_alike_are_read_as_they_are_one_by_one(version: int) -> None:
+    """What is known of the last message helps to read the next; here both ways, of topics and aliases in turns."""
+    chance = random.Random(version)
+    for _ in range(300):
+        packets: list[Packet] = []
+        for number in range(1, chance.randint(3, 12)):
+            topic, alias, words = chance.choice("aab"), chance.choice([None, None, None, 1]), ()
+            if version == V5:
+                words = chance.choice([(), (), (("unit", "kPa"),)])
+            else:
+                alias = None
+            if alias and any(isinstance(each, Publish) and each.properties.topic_alias for each in packets):
+                topic = chance.choice(["", "a", "b"])
+            properties = PublishProperties(topic_alias=alias, user_property=words)
+            qos = chance.choice([0, 1, 1, 1])
+            payload = chance.choice([b"22.5", b"22.5", b"9"])
+            flags = chance.choice([(False, False)] * 3 + [(True, True)]) if qos else (False, False)
+            packets.append(Publish(topic, payload, qos, *flags, qos * number, properties=properties))
+            if chance.random() < 0.1:
+                packets.append(Pingreq())
+        single, together = (opened(version, Limits(topic_alias_max=3, receive_maximum=100)) for _ in range(2))
+        expected = [each for packet in packets for each in messages(single.receive(wire(version, packet), 0.0))]
+        assert len(expected) == sum(isinstance(packet, Publish) for packet in packets)
+        assert messages(together.receive(wire(version, *packets), 0.0)) == expected
+
+
+def test_a_packet_id_of_zero_and_too_many_are_refused_also_among_messages_that_look_alike() -> None:
+    alike = [Publish("a", b"x", 1, packet_id=number) for number in range(1, 6)]
+    data = wire(V5, *alike)
+    size = len(data) // 5
+    id_at = size - len(b"x") - 3
+    conn = opened(V5)
+    wrong = data[: 4 * size + id_at] + b"\0\0" + data[4 * size + id_at + 2 :]
+    events = conn.receive(wrong, 0.0)
+    assert failure(events) is Reason.PROTOCOL_ERROR
+    assert len(messages(events)) == 4
+    conn = opened(V5, Limits(receive_maximum=4))
+    events = conn.receive(data, 0.0)
+    assert failure(events) is Reason.RECEIVE_MAXIMUM_EXCEEDED
+    assert len(messages(events)) == 4
 
 
 def test_a_large_packet_in_small_pieces_costs_no_more_than_its_size() -> None:

@@ -148,6 +148,21 @@ def test_after_a_release_the_window_empties_and_what_was_not_accepted_comes_agai
     assert [(payload, count) for _, payload, count in again] == [("a", 0), ("c", 1), ("e", 0)]
 
 
+def test_the_clock_has_nothing_to_say_while_an_answer_has_to_come_first(bench: Bench) -> None:
+    """Its owner would look again and again, a thousand times a second, for as long as the app keeps a message."""
+    app = App(bench, bench.directory.volatile("cab", "app", "link"))
+    bench.put("ab")
+    (a, *_), (b, *_) = app.take()
+    app.wire.receiver.release(a)
+    assert app.text(NOW) == ""
+    assert app.out.resend_at is None
+    app.wire.receiver.accept([b])
+    assert app.text(NOW) == ""
+    assert app.out.resend_at == NOW + RESEND_S_MIN
+    assert app.text(app.out.resend_at) == "a"
+    assert app.out.resend_at is None
+
+
 def test_a_queues_released_message_is_offered_to_the_others_at_once(bench: Bench) -> None:
     queue = bench.directory.queue("cab")
     one, other = App(bench, queue, credit=2), App(bench, queue)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 import pytest
@@ -11,8 +12,10 @@ from gateway.uplink.state import (
     AUTH_BACKOFF_S_MIN,
     BACKOFF_S_MAX,
     BACKOFF_S_MIN,
+    DROPPED_BACKOFF_S_MAX,
     FAIL_BACK_S,
     STAGGER_S,
+    STAGGER_S_MAX,
     TRANSITIONS,
     UNREACHABLE_BACKOFF_S_MAX,
     Event,
@@ -115,6 +118,25 @@ def test_only_a_settled_message_forgets_earlier_failures() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_a_line_that_flaps_faster_than_a_message_is_settled_is_tried_every_second_on_average(seed: int) -> None:
+    state, now, delays = link(seed=seed), 0.0, []
+    for _ in range(40):
+        state.dial(now)
+        state.opened(now, A)
+        state.lost(now, "gone", Failure.DROPPED)
+        delays.append((state.due() or 0.0) - now)
+        now += delays[-1]
+    assert delays[0] <= BACKOFF_S_MIN
+    assert max(delays) <= DROPPED_BACKOFF_S_MAX
+    assert sum(delays[8:]) / len(delays[8:]) > DROPPED_BACKOFF_S_MAX / 4, "a hub that crashes is not hammered"
+    state.dial(now)
+    state.opened(now, A)
+    state.settled()
+    state.lost(now, "gone", Failure.DROPPED)
+    assert (state.due() or 0.0) - now <= BACKOFF_S_MIN
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_a_line_that_is_down_is_tried_at_the_pace_of_the_one_second_promise(seed: int) -> None:
     state, now = link(seed=seed), 0.0
     for _ in range(30):
@@ -142,6 +164,45 @@ def test_attempts_overlap_and_the_link_backs_off_only_with_the_last() -> None:
     assert state.state is State.CONNECTING
     state.attempt_failed(1.1, Failure.UNREACHABLE, "second")
     assert (state.state, state.error) == (State.BACKOFF, "second")
+
+
+def test_on_a_slow_line_attempts_overlap_later() -> None:
+    state = LinkState([A], Random(1), 0.0, stagger_s=3.0)
+    state.dial(0.0)
+    assert state.due() == 3.0
+
+
+def test_an_address_that_only_is_silent_gets_four_attempts_and_then_it_is_the_next_ones_turn() -> None:
+    state, now, dialled = link(A, B), 0.0, []
+    for _ in range(12):
+        dialled.append(state.dial(now))
+        state.attempt_replaced()
+        now = state.due() or 0.0
+    assert dialled == [A] * 4 + [B] * 4 + [A] * 4
+    state.dial(now)
+    state.opened(now, A)
+    state.lost(now, "gone", Failure.UNREACHABLE)
+    assert [state.dial(now) for _ in range(5)] == [B] * 4 + [A]
+
+
+def test_a_hub_that_takes_connections_and_does_not_answer_is_dialled_less_and_less_until_it_does() -> None:
+    state, now, dials, waiting = link(), 0.0, [], []
+    while now < 300:
+        state.dial(now)
+        dials.append(now)
+        waiting.append(now + 10)
+        due = state.due()
+        assert due is not None
+        while waiting and waiting[0] <= due:
+            state.attempt_failed(waiting.pop(0), Failure.HANDSHAKE, "no answer", 10.0)
+        now = due
+    gaps = [b - a for a, b in itertools.pairwise(dials)]
+    assert gaps[:14] == pytest.approx([STAGGER_S] * 14)
+    assert sum(1 for dial in dials if dial > 60) <= 240 / STAGGER_S_MAX + 10
+    state.network_changed(now)
+    assert state.due() == now, "news of the line is acted upon at once"
+    state.dial(now)
+    assert (state.due() or 0.0) - now == pytest.approx(STAGGER_S)
 
 
 def test_an_attempt_that_gave_way_is_not_waited_for() -> None:

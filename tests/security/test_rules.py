@@ -292,6 +292,7 @@ def some_topic(filter_: str, name: str) -> list[str]:
 
 
 @given(filters, filters)
+@example("/+/#", "/#")
 def test_covering_is_exact_as_a_topic_outside_shows(outer: str, inner: str) -> None:
     witnesses = [topic for topic in some_topic(inner, "fresh") if topic and matches(inner, topic)]
     assume(witnesses)

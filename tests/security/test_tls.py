@@ -201,3 +201,25 @@ def test_keys_that_do_not_fit_are_told_apart(pki: Pki, other_pki: Pki, tmp_path:
         assert caught.value.path == key
     with pytest.raises(TLSFileError, match="without a certificate"):
         client_context(pki.ca, None, pki.client.key)
+
+
+def test_an_encrypted_key_opens_with_the_password_of_a_file_and_the_file_at_fault_is_named(
+    pki: Pki, tmp_path: Path
+) -> None:
+    encrypted = damaged(pki, tmp_path)["encrypted"]
+    right, wrong, empty = tmp_path / "right", tmp_path / "wrong", tmp_path / "none"
+    right.write_text("secret\n")
+    wrong.write_text("guess\n")
+    empty.write_text("\n")
+    _, server = mutual(pki)
+    handshake(client_context(pki.ca, pki.client.cert, encrypted, key_password=right), server)
+    for password, key, at_fault, what in (
+        (wrong, encrypted, wrong, "not the password of"),
+        (empty, encrypted, empty, "no password"),
+        (tmp_path / "absent", encrypted, tmp_path / "absent", "no such file"),
+        (None, encrypted, encrypted, "key_password_file"),
+    ):
+        with pytest.raises(TLSFileError, match=what) as caught:
+            client_context(pki.ca, pki.client.cert, key, key_password=password)
+        assert caught.value.path == at_fault
+        assert "guess" not in str(caught.value)

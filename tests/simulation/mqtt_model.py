@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gateway.mqtt.codec import (
+from gateway.mqtt.packets import (
     V5,
     Connack,
     Connect,
@@ -30,6 +30,7 @@ from gateway.mqtt.codec import (
     Will,
     WillProperties,
 )
+from gateway.wills import RESTART_GRACE_S
 from tests.simulation.mqtt_world import RECEIVE_MAXIMUM, SEND_WINDOW, Wire, World
 
 
@@ -79,6 +80,7 @@ class LastWill:
     accepted: bool = False
     goodbye: bool = False
     lost_at_s: float | None = None
+    crashed_at_s: float | None = None  # it was connected then
     fate: str | None = None  # "must", "not", "either"
 
 
@@ -119,6 +121,7 @@ class Client:
     must_be_clean: bool = False
     epoch: int = 0
     connections: int = 0
+    _kept_at_s: float = 0.0  # when the gateway had last looked what was due, at the time of the CONNECT
     alive_until_s: float | None = None
     out: dict[int, Sent] = field(default_factory=dict)
     store: dict[int, bytes] = field(default_factory=dict)
@@ -172,6 +175,11 @@ class Client:
         )
 
     def _decide(self, will: LastWill, present: bool, connection: int) -> None:
+        if will.crashed_at_s is not None:
+            due_s = will.crashed_at_s + max(will.delay_s, RESTART_GRACE_S)
+            late = connection == will.connection + 1 and self._kept_at_s > due_s
+            will.fate = "must" if late else "either"
+            return
         if will.lost_at_s is None:  # the connection it was for is being taken over
             will.lost_at_s = self.world.now
         left_s = will.lost_at_s + will.delay_s - self.world.now
@@ -189,6 +197,7 @@ class Client:
     def connect(self, *, clean: bool, will: tuple[bytes, int, int, bool] | None = None) -> None:
         """`will`: payload, QoS, delay, retain."""
         self.forget_connection()
+        self._kept_at_s = self.world.kept_at
         self.connections += 1
         connection = self.connections
         # What may be over on the other side is begun anew: the CONNACK that says so may be lost, and the next does not.
@@ -422,7 +431,12 @@ class Client:
 
     def crashed(self) -> None:
         for will in self.wills:
-            if will.fate is None:
+            if will.fate is not None:
+                continue
+            connected = will.wire is self.wire and not will.wire.closing and will.lost_at_s is None
+            if connected and will.accepted and not will.goodbye and self.keeps:
+                will.crashed_at_s = self.world.now
+            else:
                 will.fate = "either"
         self.forget_connection()
 

@@ -19,15 +19,16 @@ from typing import Any
 from gateway.broker import Broker
 from gateway.config import loads
 from gateway.mqtt import listener
-from gateway.mqtt.codec import Packet, decode_body, encode, remaining_length
+from gateway.mqtt.codec import decode_body, encode, remaining_length
 from gateway.mqtt.connection import Limits
+from gateway.mqtt.packets import Packet
+from storeforward import space
 from storeforward.errors import JournalError, JournalFull
 from storeforward.journal import Journal
 
 CONFIG = """
 [gateway]
 id = "loco"
-state_dir = "{state}"
 [mqtt]
 [[hub]]
 name = "depot"
@@ -38,9 +39,12 @@ topics = ["up/#"]
 hub = "depot"
 address = "up"
 """
+CONFIGURED = loads(CONFIG)
 RECEIVE_MAXIMUM = 5
 SEND_WINDOW = 8
 STEPS_MAX = 10_000
+BEGIN_S = 1000.0
+FREE_BYTES = 1 << 40
 
 
 class Strict(logging.Handler):
@@ -123,6 +127,9 @@ class Wire(asyncio.Transport):
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         pass
 
+    def get_write_buffer_size(self) -> int:
+        return 0  # the client's end takes everything at once
+
     def write(self, data: Any) -> None:
         assert not self.closing, "written to a transport that closes"
         data = self._partial + bytes(data)
@@ -181,9 +188,13 @@ class Wire(asyncio.Transport):
 class World:
     def __init__(self, state_dir: Path, monkeypatch: Any) -> None:
         self.state_dir = state_dir
-        self.now = 1000.0
+        self.now = BEGIN_S
+        self.kept_at = 0.0
         self.loop = Loop(self)
         monkeypatch.setattr(listener.asyncio, "get_running_loop", lambda: self.loop)
+        # As much as there is on any machine, and no more of it taken than has to be.
+        monkeypatch.setattr(space, "RESERVE_BYTES_MAX", space.RESERVE_BYTES_MIN)
+        monkeypatch.setattr(space.Space, "free_bytes", lambda self: FREE_BYTES)
         self.wires: list[Wire] = []
         self.failures = 0
         self.crashes = 0
@@ -195,9 +206,13 @@ class World:
         self.loop = Loop(self)
         self.wires = []
         self.journal = Journal.open(
-            self.state_dir, synchronous="OFF", clock=lambda: self.now, wall=lambda: self.now + 1e9
+            self.state_dir,
+            synchronous="OFF",
+            clock=lambda: self.now,
+            wall=lambda: self.now + 1e9,
+            synchronised=lambda: False,
         )
-        self.broker = Broker(loads(CONFIG.format(state=self.state_dir)), self.journal)
+        self.broker = Broker(CONFIGURED, self.journal)
         self.broker.schedule = lambda delay_s: None if delay_s > 60 else self._due_in(delay_s)
         limits = Limits(receive_maximum=RECEIVE_MAXIMUM, send_window_max=SEND_WINDOW)
         self.listener = listener.MqttListener(self.broker, self, limits, 100, 30 * 86400)
@@ -269,6 +284,7 @@ class World:
         self.journal.write_cursors()
 
     def keep_house(self) -> None:
+        self.kept_at = self.now
         self.broker.run_due()
         self.broker.trim_sessions()
         self.broker.retained.expire(self.journal.age_us())

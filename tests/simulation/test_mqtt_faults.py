@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.mqtt.codec import V3, V5, Disconnect, DisconnectProperties
+from gateway.mqtt.packets import V3, V5, Disconnect, DisconnectProperties
 from gateway.sessions import AHEAD_ROWS_MAX, PUMP_ROWS_MAX
 from tests.simulation.mqtt_model import Client
 from tests.simulation.mqtt_world import World
@@ -423,3 +423,25 @@ def test_subscribing_again_and_again_without_reading_piles_nothing_up(
     assert not due
     assert {got.topic for got in sub.log} == {f"r/{n}" for n in range(10)}
     assert not story.table("mqtt_retained_due")
+
+
+def test_a_client_is_told_that_its_session_is_gone_when_it_would_be_after_a_crash(story: Story) -> None:
+    """Also where an earlier connection had ended it, and that is not on the disk yet."""
+    sub = story.client("sub", V3)
+    sub.subscribe([("a/#", 1)])
+    story.exchange()
+    for _ in range(2):
+        story.cut(sub)
+        sub.connect(clean=True)
+        arrive(sub)
+        assert sub.wire is not None
+        assert not sub.wire.to_client
+    story.world.begin()
+    story.world.fail(no_space=False)
+    assert not sub.read(1)
+    story.world.commit_all()
+    assert sub.read(1)
+    assert sub.up
+    story.crash()
+    assert not story.world.broker.sessions
+    assert not story.table("mqtt_session")

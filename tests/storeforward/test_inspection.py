@@ -36,7 +36,8 @@ def fill(connection: sqlite3.Connection, id: int, name: str, rows: int, first: i
     """A stream with `rows` messages, of which the uplink has finished with the first nine (or all, if fewer)."""
     connection.execute("BEGIN")
     connection.execute(
-        "INSERT INTO stream VALUES (?, ?, 'outbound', ?, ?, ?)", (id, name, first + rows, rows, rows * len(BODY))
+        "INSERT INTO stream (id, name, direction, next_seq, rows, bytes) VALUES (?, ?, 'outbound', ?, ?, ?)",
+        (id, name, first + rows, rows, rows * len(BODY)),
     )
     connection.execute(
         "WITH RECURSIVE n (i) AS (SELECT ?1 UNION ALL SELECT i + 1 FROM n WHERE i < ?2) "
@@ -253,6 +254,18 @@ def test_a_wal_that_may_not_be_read_is_said_not_passed_over(as_nobody: Path) -> 
     os.seteuid(65534 if os.getuid() == 0 else os.getuid())
     with pytest.raises(JournalError, match="as root or as the user"):
         Inspection(as_nobody)
+
+
+def test_a_directory_that_is_closed_to_us_is_said_in_one_line(as_nobody: Path) -> None:
+    os.seteuid(os.getuid())
+    as_nobody.chmod(0o700 if os.getuid() == 0 else 0)
+    os.seteuid(65534 if os.getuid() == 0 else os.getuid())
+    try:
+        with pytest.raises(JournalError, match="as root or as the user"):
+            Inspection(as_nobody)
+    finally:
+        os.seteuid(os.getuid())
+        as_nobody.chmod(0o700)
 
 
 def test_no_journal_a_newer_one_and_a_file_that_is_none_are_told_in_one_line(tmp_path: Path) -> None:

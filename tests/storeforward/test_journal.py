@@ -68,6 +68,7 @@ def test_a_seq_is_never_used_again_when_everything_was_drained_before_the_restar
     stream = outbound(journal)
     fill(journal, stream, 10)
     journal.advance(stream, stream.cursors["uplink"], 11)
+    journal.reclaim()
     journal.commit_now()
     assert stream.rows == 0
     journal.close()
@@ -216,6 +217,8 @@ def test_a_journal_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) 
     Journal.open(tmp_path).close()
     db = sqlite3.connect(tmp_path / "journal.db")
     db.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
+    db.execute("UPDATE meta SET value = ? WHERE key = ?", (f"{schema.VERSION + 1} 0", schema.VERSION_KEY))
+    db.commit()
     db.close()
     with pytest.raises(JournalNewer, match="newer lineside"):
         Journal.open(tmp_path)
@@ -315,6 +318,24 @@ def test_dead_letters_can_be_sent_again_or_given_up(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_damaged_dead_letter_stays_where_people_see_it_and_is_not_sent_again(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path)
+    stream = outbound(journal)
+    fill(journal, stream, 1)
+    journal.bury(stream, journal.read(stream, 1, 1)[0], "amqp:decode-error", "no")
+    journal.commit_now()
+    journal.close()
+    db = sqlite3.connect(tmp_path / "journal.db")
+    db.execute("UPDATE dead SET body = CAST('1:xxxxxxxxxxxxxxxxxxxy' AS BLOB)")
+    db.commit()
+    db.close()
+    assert maintenance.requeue_dead(tmp_path, [1]) == 0
+    journal = Journal.open(tmp_path)
+    assert journal.query("SELECT count(*) FROM dead") == [(1,)]
+    assert journal.streams["alarms"].next_seq == 2
+    journal.close()
+
+
 def test_the_age_clock_does_not_follow_the_wall_clock(tmp_path: Path) -> None:
     boottime, wall = [100.0], [1e9]
     journal = Journal.open(tmp_path, clock=lambda: boottime[0], wall=lambda: wall[0])
@@ -330,4 +351,24 @@ def test_the_age_clock_does_not_follow_the_wall_clock(tmp_path: Path) -> None:
     wall[0] = 0.0
     journal = Journal.open(tmp_path, clock=lambda: boottime[0], wall=lambda: wall[0])
     assert journal.age_us() == before + 90_000_000
+    journal.close()
+
+
+@pytest.mark.parametrize("name", ["journal.db", "journal.db-wal", "journal.db-shm"])
+@pytest.mark.parametrize("put_back", [False, True])
+def test_nothing_is_committed_into_a_file_that_has_lost_its_name(tmp_path: Path, name: str, put_back: bool) -> None:
+    journal = Journal.open(tmp_path)
+    stream = outbound(journal)
+    fill(journal, stream, 10)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    if put_back:
+        (tmp_path / name).write_bytes(content)
+    heard = Heard()
+    journal.append(stream, "a/b", encode, b"late")
+    journal.wait(heard, 1)
+    for step in (journal.begin, journal.recover):
+        with pytest.raises(JournalError, match=f"{name}: .*while it is in use"):
+            step()
+    assert heard.committed_tokens == []
     journal.close()

@@ -20,6 +20,10 @@ PACKET_IDS = 65535
 READ_BYTES = 1 << 18
 CONNECT_S_MAX = 10.0
 STALL_S_MAX = 20.0
+RING_BYTES_MAX = 64 << 20  # of all connections' encoded packets together, where two windows need no more
+SAMPLES_MAX = 200_000
+# 5.0: content type and one user property, what an app that uses properties sends (clause 3.3.2.3).
+PROPERTIES = b"\x03\x00\x10application/json" + b"\x26\x00\x05train\x00\x0424/7"
 RECEIVE_MAXIMUM = 0x21
 
 
@@ -37,6 +41,7 @@ class Load:
     size_bytes: int = 100
     version: int = 4
     topic: str = "bench"
+    properties: bool = False
     messages: int | None = None
     seconds: float = 3.0
     warm_s: float = 0.5
@@ -45,13 +50,23 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was acknowledged in the time that counts."""
+    """What was acknowledged in the time that counts; latencies from write to acknowledgement, one message at a time."""
 
     acknowledged: int
     acknowledged_in_all: int
     seconds: float
     per_s: float
     client_cores: float
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+
+
+def percentiles_ms(samples: list[float]) -> tuple[float | None, float | None]:
+    """Median and 99th percentile of seconds, in milliseconds."""
+    if not samples:
+        return None, None
+    samples.sort()
+    return samples[len(samples) // 2] * 1000, samples[min(len(samples) - 1, int(len(samples) * 0.99))] * 1000
 
 
 def _string(value: bytes) -> bytes:
@@ -129,14 +144,20 @@ def _receive_maximum(properties: bytes) -> int:
 
 def offline_session(host: str, port: int, client_id: str, topic_filter: str, version: int = 4) -> None:
     """Leave a durable session behind that has subscribed with QoS 1 and is away: the broker queues for it."""
-    sock, _ = connect(host, port, client_id, version, durable=True)
-    with sock:
-        properties = b"\0" if version == 5 else b""
-        sock.sendall(_packet(0x82, b"\0\1" + properties + _string(topic_filter.encode()) + b"\1"))
-        kind, body = _read_packet(sock)
-        if kind != 0x90 or body[-1] != 1:
-            raise LoadError(f"subscription refused: packet type {kind >> 4}, reason code {body[-1]}")
+    with subscribed(host, port, client_id, topic_filter, version) as sock:
         sock.sendall(b"\xe0\0")
+
+
+def subscribed(host: str, port: int, client_id: str, topic_filter: str, version: int = 4) -> socket.socket:
+    """A connected durable session with one subscription, QoS 1."""
+    sock, _ = connect(host, port, client_id, version, durable=True)
+    properties = b"\0" if version == 5 else b""
+    sock.sendall(_packet(0x82, b"\0\1" + properties + _string(topic_filter.encode()) + b"\1"))
+    kind, body = _read_packet(sock)
+    if kind != 0x90 or body[-1] != 1:
+        sock.close()
+        raise LoadError(f"subscription refused: packet type {kind >> 4}, reason code {body[-1]}")
+    return sock
 
 
 class _Publisher:
@@ -149,11 +170,17 @@ class _Publisher:
         self.count = count
         self.acked = 0
         self.blocked = False
+        self.samples: list[float] = []
+        self._sampled = 0  # the message whose acknowledgement is timed, counted from 1; 0 is none
+        self._sampled_at = 0.0
         self._sent_bytes = 0
         self._rest = b""
         ids = PACKET_IDS if count is None else max(1, min(PACKET_IDS, count))
+        ids = min(ids, max(2 * self.window, RING_BYTES_MAX // load.connections // (load.size_bytes + 30)))
         head = _string(f"{load.topic}/{number}".encode())
-        properties = b"\0" if load.version == 5 else b""
+        properties = b""
+        if load.version == 5:
+            properties = bytes((len(PROPERTIES),)) + PROPERTIES if load.properties else b"\0"
         fill = b"." * load.size_bytes
         packets = [
             _packet(
@@ -180,6 +207,9 @@ class _Publisher:
         ring = self._ring
         left = until * self._packet_bytes - self._sent_bytes
         self.blocked = False
+        if left > 0 and not self._sampled:
+            # The first of these: what waits in front of it in the window is part of what an app waits for.
+            self._sampled, self._sampled_at = self._sent_bytes // self._packet_bytes + 1, time.perf_counter()
         while left > 0:
             at = self._sent_bytes % len(ring)
             size = min(left, len(ring) - at)
@@ -207,6 +237,10 @@ class _Publisher:
             self._rest = data[whole:]
         else:
             self._pull_each(data)
+        if self._sampled and self.acked >= self._sampled:
+            if len(self.samples) < SAMPLES_MAX:
+                self.samples.append(time.perf_counter() - self._sampled_at)
+            self._sampled = 0
 
     def _pull_each(self, data: bytes) -> None:
         """As pull, for PUBACKs that spell their reason code out (5.0, clause 3.4.2)."""
@@ -276,6 +310,8 @@ def _drive(load: Load, poll: select.epoll, publishers: list[_Publisher]) -> Resu
         elif warm and now - began >= load.warm_s:
             warm, counted_from, cpu = False, now, time.process_time()
             before = sum(p.acked for p in publishers)
+            for publisher in publishers:
+                publisher.samples.clear()
         elif not warm and now - counted_from >= load.seconds:
             break
         events = poll.poll(STALL_S_MAX)
@@ -289,7 +325,9 @@ def _drive(load: Load, poll: select.epoll, publishers: list[_Publisher]) -> Resu
     elapsed = time.perf_counter() - counted_from
     in_all = sum(p.acked for p in publishers)
     acknowledged = in_all - before
-    return Result(acknowledged, in_all, elapsed, acknowledged / elapsed, (time.process_time() - cpu) / elapsed)
+    cores = (time.process_time() - cpu) / elapsed
+    p50_ms, p99_ms = percentiles_ms([each for p in publishers for each in p.samples])
+    return Result(acknowledged, in_all, elapsed, acknowledged / elapsed, cores, p50_ms, p99_ms)
 
 
 def main() -> None:
@@ -302,6 +340,7 @@ def main() -> None:
     parser.add_argument("--size-bytes", type=int, default=default.size_bytes, help="of the payload")
     parser.add_argument("--version", type=int, choices=(4, 5), default=default.version, help="4 is MQTT 3.1.1")
     parser.add_argument("--topic", default=default.topic, help="the number of the connection comes after it")
+    parser.add_argument("--properties", action="store_true", help="a content type and a user property (5.0)")
     parser.add_argument("--messages", type=int, help="publish so many, instead of for some time")
     parser.add_argument("--seconds", type=float, default=default.seconds)
     parser.add_argument("--warm-s", type=float, default=default.warm_s)

@@ -15,7 +15,7 @@ import struct
 import time
 from dataclasses import asdict, dataclass
 
-from tests.bench.load import LoadError, _packet, _read_packet, _string, connect
+from gateway.bench.load import LoadError, _packet, _read_packet, _string, connect
 
 TOPIC = b"fan/out"
 STAMP = struct.Struct("!dI")

@@ -1,7 +1,7 @@
 """The far end for benchmarks: an AMQP receiver over mutual TLS on our own engine. Accepts everything and counts.
 
 Keeps what it got, so that order and completeness are checked after the clock has stopped. `python -m
-tests.bench.receiver` is a process of its own that prints one JSON line when it has what it expects.
+gateway.bench.receiver` is a process of its own that prints one JSON line when it has what it expects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gateway.amqp.driver import AmqpProtocol
-from gateway.amqp.engine import Deliveries, Engine, Event, LinkAttached, Opened, Receiver
+from gateway.amqp.engine import Engine, Receiver
+from gateway.amqp.events import Deliveries, Event, LinkAttached, Opened
 from gateway.amqp.message import decode
 from gateway.amqp.sasl import SaslServer
 from security.tls import server_context

@@ -13,24 +13,12 @@ import time
 from dataclasses import asdict, dataclass
 
 from gateway.amqp.driver import AmqpProtocol
-from gateway.amqp.engine import (
-    Credit,
-    Durability,
-    Engine,
-    Event,
-    Expiry,
-    Failed,
-    LinkAttached,
-    LinkClosed,
-    OutcomeKind,
-    RemoteClosed,
-    Sender,
-    Settled,
-    Terminus,
-)
+from gateway.amqp.engine import Engine, Sender
+from gateway.amqp.events import Credit, Event, Failed, LinkAttached, LinkClosed, OutcomeKind, RemoteClosed, Settled
 from gateway.amqp.message import encode
 from gateway.amqp.sasl import SaslClient
-from tests.bench.load import CONNECT_S_MAX, STALL_S_MAX, LoadError, Result
+from gateway.amqp.termini import Durability, Expiry, Terminus
+from gateway.bench.load import CONNECT_S_MAX, SAMPLES_MAX, STALL_S_MAX, LoadError, Result, percentiles_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +44,9 @@ class _App:
         self._body = encode((b"%d " % number + b"." * load.size_bytes)[: load.size_bytes])
         self._sent = 0
         self.accepted = 0
+        self.samples: list[float] = []
+        self._sampled = 0
+        self._sampled_at = 0.0
         self.attached = asyncio.Event()
         self.fault: str | None = None
         self.protocol: AmqpProtocol | None = None
@@ -102,9 +93,15 @@ class _App:
             if outcome.kind is not OutcomeKind.ACCEPTED:
                 self._failed(f"a message was {outcome.kind.value}: {outcome.condition}")
             self.accepted += outcome.count
+        if self._sampled and self.accepted >= self._sampled:
+            if len(self.samples) < SAMPLES_MAX:
+                self.samples.append(time.perf_counter() - self._sampled_at)
+            self._sampled = 0
         room = min(sender.capacity, self._load.window - sender.unsettled)
         if room > 0:
             body, first = self._body, self._sent
+            if not self._sampled:
+                self._sampled, self._sampled_at = first + 1, time.perf_counter()
             sender.send([(seq, body) for seq in range(first, first + room)])
             self._sent = first + room
 
@@ -119,11 +116,14 @@ async def run(load: Load) -> Result:
                 await app.attached.wait()
         await _watched(apps, load.warm_s)
         began, cpu, before = time.perf_counter(), time.process_time(), sum(a.accepted for a in apps)
+        for app in apps:
+            app.samples.clear()
         await _watched(apps, load.seconds)
         elapsed = time.perf_counter() - began
         in_all = sum(a.accepted for a in apps)
         cores = (time.process_time() - cpu) / elapsed
-        return Result(in_all - before, in_all, elapsed, (in_all - before) / elapsed, cores)
+        p50_ms, p99_ms = percentiles_ms([each for app in apps for each in app.samples])
+        return Result(in_all - before, in_all, elapsed, (in_all - before) / elapsed, cores, p50_ms, p99_ms)
     except TimeoutError:
         raise LoadError(f"no link within {CONNECT_S_MAX:g} s") from None
     finally:
