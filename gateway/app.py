@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import gateway
 from gateway import sys_topics
+from gateway.accepting import Server, open_server
 from gateway.access import Access
 from gateway.activation import PassedSockets, stored_name
 from gateway.amqp.listener import AmqpListener
@@ -36,7 +37,8 @@ from gateway.errors import ConfigError, LinesideError
 from gateway.mqtt.connection import Limits
 from gateway.mqtt.listener import MqttListener
 from gateway.notify import Notifier, set_up_logging
-from gateway.transports import Handshakes, ServerTls, TlsFiles, open_server
+from gateway.transports import Handshakes, ServerTls, TlsFiles
+from gateway.turns import Turns
 from gateway.uplink import netlink
 from gateway.uplink.hub import HubLink
 from security.admission import REMOTE, Admission, Rate
@@ -83,8 +85,9 @@ class App:
         self._error: JournalError | None = None
         self._began = time.monotonic()
         self._passed = PassedSockets.from_environment()
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[Server] = []
         self._handshakes: list[Handshakes] = []
+        self._turns = Turns(self._loop)
         self._certificates: list[ServerTls] = []
         self._hubs: list[HubLink] = []
         self._mqtt: MqttListener | None = None
@@ -126,6 +129,7 @@ class App:
         self.access = Access(config)
         self.committer = Committer(self.journal, self._loop, self._committed, self._fatal)
         self.committer.on_offered = self._offered
+        self._turns.helpings.journal = self.journal
         self.certificates.start()
         await self._listen()
         self._start_hubs()
@@ -177,7 +181,9 @@ class App:
                 retain_available=mqtt.retained,
                 wildcards_available=mqtt.wildcards,
             )
-            self._mqtt = MqttListener(self.broker, self.committer, limits, mqtt.clients_max, mqtt.session_expiry_max_s)
+            self._mqtt = MqttListener(
+                self.broker, self.committer, limits, mqtt.clients_max, mqtt.session_expiry_max_s, self._turns
+            )
             self._mqtt.figures = lambda: sys_topics.figures(self._status({}))
             self._mqtt.access = self.access
             await self._serve(self._mqtt.protocol, mqtt, mqtt.clients_max, "mqtt")
@@ -192,6 +198,7 @@ class App:
                 idle_timeout_s=amqp.idle_timeout_s,
                 window=amqp.window,
                 access=self.access,
+                turns=self._turns,
             )
             await self._serve(self._amqp.protocol, amqp, amqp.connections_max, "amqp")
         self._passed.close_rest(self._notifier.forget)
@@ -210,7 +217,7 @@ class App:
             self._certificates.append(tls)
         share = table.connect_rate / REMOTE.per_s
         remote = Rate(table.connect_rate, max(1.0, REMOTE.burst * share))
-        handshakes = Handshakes(connections_max, Admission(self._loop.time(), remote))
+        handshakes = Handshakes(connections_max, Admission(self._loop.time(), remote), self._turns)
         self._handshakes.append(handshakes)
         origins = frozenset(table.ws_origins) if isinstance(table, Mqtt) else frozenset()
         for listen in table.listen:
@@ -258,6 +265,9 @@ class App:
     # ------------------------------------------------------------------ running
 
     def _committed(self, batch: Batch) -> None:
+        turns = self._turns
+        began_s = turns.cpu()
+        turns.helpings.committed(self.committer.durations_s[-1])
         self.broker.committed(batch)
         for hub in self._hubs:
             hub.committed()
@@ -265,6 +275,8 @@ class App:
             self._amqp.committed(batch)
         if self._bridge is not None:
             self._bridge.committed()
+        if batch.appended:
+            turns.messages(turns.cpu() - began_s, staged=False)
 
     def _offered(self) -> None:
         for hub in self._hubs:
@@ -441,6 +453,7 @@ class App:
                     await self.committer.drain()
             except TimeoutError:
                 log.error("cursors of the last moment were not stored; some messages will be sent again")
+        self._turns.stop()
         self.committer.stop()
         self.access.stop()
         self.certificates.stop()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from gateway.amqp.message import ANNOTATION_RETAIN, MessageError
@@ -114,6 +115,9 @@ class Broker:
         self.local = self._streams_of(config)
         self.router = self._router()
         for session in self.sessions.values():
+            session.needs = Counter()
+            for subscription in session.subscriptions.values():
+                self._need(session, subscription)
             self._feed(session)
         for share in self.shares.values():
             self._feed_share(share)
@@ -252,8 +256,10 @@ class Broker:
         Call `attach` once the client may be sent something. `expiry_s` None: it never expires; 0: it ends with the
         connection.
         """
-        self.expire_sessions()
         session = self.sessions.get(client_id)
+        if session is not None and self._expired(session, self.journal.age_us()):
+            self._expire(session)
+            session = None
         if session is not None and (connect.clean_start or not session.durable):
             self.end(session)
             session = None
@@ -330,17 +336,21 @@ class Broker:
     def expire_sessions(self) -> None:
         """End sessions whose clients have stayed away for longer than their expiry interval, on the age clock."""
         now = self.journal.age_us()
-        over = [
-            s
-            for s in self.sessions.values()
-            if s.outlet is None
-            and s.expiry_s is not None
-            and s.gone_age_us is not None
-            and now - s.gone_age_us >= s.expiry_s * 1_000_000
-        ]
-        for session in over:
-            log.info("session expired", extra={"client": session.client_id, "expiry_s": session.expiry_s})
-            self.end(session)
+        for session in [s for s in self.sessions.values() if self._expired(s, now)]:
+            self._expire(session)
+
+    @staticmethod
+    def _expired(session: Session, now: int) -> bool:
+        return (
+            session.outlet is None
+            and session.expiry_s is not None
+            and session.gone_age_us is not None
+            and now - session.gone_age_us >= session.expiry_s * 1_000_000
+        )
+
+    def _expire(self, session: Session) -> None:
+        log.info("session expired", extra={"client": session.client_id, "expiry_s": session.expiry_s})
+        self.end(session)
 
     def trim_sessions(self) -> None:
         """Move sessions on that have more waiting than they may; what they miss is in the ledger (promise P4)."""
@@ -392,8 +402,18 @@ class Broker:
 
     # ------------------------------------------------------------------ subscriptions
 
+    def starts(self, session: Session, filters: Iterable[str]) -> list[dict[str, int]]:
+        """From where on new subscriptions to these would count, for `subscribe`.
+
+        Of all of a packet before the first gives the session cursors: what is held for a first reader is for each.
+        """
+        return [self._since(session, split_shared(filter_)[1]) for filter_ in filters]
+
     def subscribe(
-        self, session: Session, requests: Iterable[tuple[str, int, int, int | None]]
+        self,
+        session: Session,
+        requests: Sequence[tuple[str, int, int, int | None]],
+        starts: Sequence[dict[str, int]],
     ) -> tuple[list[int], list[str]]:
         """(filter, qos, options, identifier) each: a SUBACK code each, and the filters to give retained messages for.
 
@@ -401,11 +421,8 @@ class Broker:
         """
         codes: list[int] = []
         retained: list[str] = []
-        requests = list(requests)
-        # All of them before the first gives the session cursors: what is held for a first reader is for each of them.
-        starts = [self._since(session, split_shared(filter_)[1]) for filter_, _, _, _ in requests]
         for (filter_, qos, options, identifier), start in zip(requests, starts, strict=True):
-            share, inner = split_shared(filter_)
+            share, _ = split_shared(filter_)
             granted = qos if share is None else min(qos, SHARED_QOS_MAX)
             old = session.subscriptions.get(filter_)
             if old is None and len(session.subscriptions) + len(session.suspended) >= SUBSCRIPTIONS_MAX:
@@ -415,7 +432,7 @@ class Broker:
             session.suspended.pop(filter_, None)
             self._subscribed(session, filter_, granted, options, identifier, since)
             if share is None:
-                self._feed_more(session, inner)
+                self._feed(session)
             else:
                 self._feed_share(session.groups[filter_])
             if session.durable:
@@ -440,18 +457,16 @@ class Broker:
             if any(filters_overlap(filter_, f) for f in filters)
         }
 
-    def owe_retained(self, session: Session, filters: list[str]) -> bool:
-        """Have the session given what is retained for these; whether that waits for a commit."""
+    def owing(self, session: Session, filters: Iterable[str]) -> Iterator[bool]:
+        """Have the session owed what is retained for these, in portions; each says whether it waits for a commit."""
         now = self.journal.age_us()
-        added = False
         for filter_ in filters:
-            subscription = session.subscriptions.get(filter_)
-            if subscription is None:
-                continue
-            identifiers = () if subscription.identifier is None else (subscription.identifier,)
-            found = [(m, subscription.qos, identifiers) for m in self.retained.matching(filter_, now)]
-            added = session.owe(found) or added
-        return added
+            for found in self.retained.matching(filter_, now):
+                subscription = session.subscriptions.get(filter_)
+                if subscription is None:
+                    break
+                identifiers = () if subscription.identifier is None else (subscription.identifier,)
+                yield session.owe([(message, subscription.qos, identifiers) for message in found])
 
     def _subscribed(
         self,
@@ -469,6 +484,8 @@ class Broker:
         session.subscriptions[filter_] = subscription
         if share is None:
             self._tree.add(inner, (session, filter_))
+            if old is None:
+                self._need(session, subscription)
             return
         group = self.shares.get((share, inner))
         if group is None:
@@ -487,6 +504,7 @@ class Broker:
         session.no_local -= subscription.no_local
         if subscription.share is None:
             self._tree.remove(subscription.filter, (session, filter_))
+            session.needs.subtract(self.streams_for(subscription.filter))
             return subscription
         group = session.groups.pop(filter_)
         group.leave(session)
@@ -507,8 +525,9 @@ class Broker:
                     "DELETE FROM mqtt_subscription WHERE client_id = ? AND filter = ?", (session.client_id, filter_)
                 )
             codes.append(Reason.SUCCESS if had is not None else Reason.NO_SUBSCRIPTION_EXISTED)
-        self._feed(session)
-        self._subscriptions_changed()
+        if Reason.SUCCESS in codes:
+            self._feed(session)
+            self._subscriptions_changed()
         return codes
 
     def _subscriptions_changed(self) -> None:
@@ -540,27 +559,23 @@ class Broker:
             self._subscriptions_changed()
         return list(session.suspended)
 
+    def _need(self, session: Session, subscription: Subscription) -> None:
+        if subscription.share is None:
+            session.needs.update(self.streams_for(subscription.filter))
+
     def _feed(self, session: Session) -> None:
         """Give the session a cursor on every stream its filters can match, and none on others.
 
         A cursor that still has messages under way stays: they are finished (MQTT-3.10.4-3).
         """
-        for stream, filters in self._filters.items():
-            needed = any(
-                filters_overlap(s.filter, f) for s in session.subscriptions.values() if s.share is None for f in filters
-            )
+        for stream in self._filters:
+            needed = session.needs[stream] > 0
             feed = session.feeds.get(stream)
             if needed and feed is None:
                 self._add_feed(session, stream)
             elif not needed and feed is not None and not feed.order:
                 del session.feeds[stream]
                 self.journal.drop_cursor(stream, session.cursor_name)
-
-    def _feed_more(self, session: Session, filter_: str) -> None:
-        """As `_feed`, for one more filter: a SUBSCRIBE may bring thousands."""
-        for stream, filters in self._filters.items():
-            if stream not in session.feeds and any(filters_overlap(filter_, f) for f in filters):
-                self._add_feed(session, stream)
 
     def _add_feed(self, session: Session, stream: Stream) -> None:
         cursor = self.journal.cursor(stream, session.cursor_name, "mqtt", volatile=not session.durable)

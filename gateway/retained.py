@@ -15,6 +15,7 @@ from storeforward.journal import Journal
 from storeforward.sealed_tables import open_retained, seal_retained
 
 TELL_FULL_US = 10_000_000
+LOOKED_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +120,25 @@ class RetainedStore:
             if self._staged.get(topic) is message:
                 self._staged.pop(topic, None)
 
-    def matching(self, filter: str, age_us: int) -> Iterator[Retained]:
-        """What a subscription to `filter` is to be given, in the order it was retained first."""
+    def matching(self, filter: str, age_us: int) -> Iterator[list[Retained]]:
+        """What a subscription to `filter` is to be given, in the order it was retained first.
+
+        In portions, each of what was found among so many topics: there may be a great many, and others have their turn
+        in between.
+        """
         if "+" not in filter and "#" not in filter:
-            one = self._by_topic.get(filter)
-            found = [] if one is None else [one]
+            topics = [filter]
         else:
-            found = [m for m in self._by_topic.values() if filter_matches(filter, m.topic)]
-        return (m for m in found if m.expires_age_us is None or m.expires_age_us > age_us)
+            topics = list(self._by_topic)
+        for at in range(0, len(topics), LOOKED_AT_ONCE):
+            found = []
+            for topic in topics[at : at + LOOKED_AT_ONCE]:
+                one = self._by_topic.get(topic)
+                if one is None or (one.expires_age_us is not None and one.expires_age_us <= age_us):
+                    continue
+                if filter_matches(filter, topic):
+                    found.append(one)
+            yield found
 
     def get(self, topic: str) -> Retained | None:
         return self._by_topic.get(topic)

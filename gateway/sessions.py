@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 READ_ROWS = 256
 PUMP_ROWS_MAX = 4096
+TURN_ROWS_MAX = 1024  # that a client is sent before others have their turn
 # Rows that a client may have acknowledged without the journal knowing: they would go again after a crash.
 LAZY_ROWS_MAX = 64
 # Rows of a stream that may be sent to a client behind one that it does not acknowledge.
@@ -59,6 +60,8 @@ class Outlet(Protocol):
     def pubrel(self, packet_ids: Iterable[int]) -> None: ...
     def flush(self) -> None: ...
     def come_back(self) -> None: ...
+    def owes(self) -> None:
+        """Retained messages are due: have `pump_due` called when it is this client's turn for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +218,7 @@ class Session:
         self.subscriptions: dict[str, Subscription] = {}
         self.suspended: dict[str, Subscription] = {}  # what access rules forbid now; a reload may allow it again
         self.feeds: dict[Stream, Feed] = {}
+        self.needs: Counter[Stream] = Counter()  # how many subscriptions want something of each
         self.groups: dict[str, ShareGroup] = {}
         self.outlet: Outlet | None = None
         self.incoming: dict[int, None] = {}
@@ -224,6 +228,8 @@ class Session:
         self._desk = desk
         self._journal = desk.journal
         self._due_next = 1
+        self._due_queue: deque[int] = deque()  # what of it is to be sent, again or for the first time, in order
+        self._due_fresh: set[Due] = set()  # what of it was never sent
         self._due_sent: dict[int, Sent] = {}
         self._due_again: dict[int, Sent] = {}
         self._plan: list[_Planned] | None = None
@@ -263,6 +269,7 @@ class Session:
         for sent in [s for s in self.sent.values() if isinstance(s.place, Group)]:
             del self.sent[sent.packet_id]
         self._due_again = {n: s for n, s in self._due_sent.items() if s.state is not SentState.DONE}
+        self._due_queue = deque(n for n in self.due if n not in self._due_sent or n in self._due_again)
         for feed in self.feeds.values():
             feed.again = {s.seq: s for s in feed.order}
             feed.parked = False
@@ -297,15 +304,16 @@ class Session:
     def owe(self, messages: Iterable[tuple[Retained, int, tuple[int, ...]]]) -> bool:
         """Retained messages to give the client before anything newer; whether that waits for a commit."""
         added = False
-        waiting = {due for n, due in self.due.items() if n not in self._due_sent}
         for message, qos, identifiers in messages:
             due = Due(message.topic, qos, identifiers)
-            if due in waiting:
+            if due in self._due_fresh:
                 continue  # a client that subscribes again and again, and does not read, is owed no more by it
             if len(self.due) >= DUE_MAX:
                 self._journal.lose("retained", 0, "too-many-due", message.size, self.cursor_name)
                 continue
             self.due[self._due_next] = due
+            self._due_fresh.add(due)
+            self._due_queue.append(self._due_next)
             if self.durable:
                 topic = seal_due(self._journal.seal, self.client_id, self._due_next, message.topic)
                 self._journal.execute(
@@ -318,22 +326,44 @@ class Session:
 
     def restore_due(self, n: int, due: Due) -> None:
         self.due[n] = due
+        if n not in self._due_sent:
+            self._due_fresh.add(due)
         self._due_next = max(self._due_next, n + 1)
 
-    def _pump_due(self, outlet: Outlet) -> bool:
-        """Whether all of them are sent."""
-        for n, due in list(self.due.items()):
-            if n in self._due_sent and n not in self._due_again:
+    def pump_due(self, count: int) -> None:
+        """Send up to so many of the retained messages that are due, as far as the client takes them."""
+        outlet = self.outlet
+        if outlet is None or self._plan is not None:
+            return
+        more = self._pump_due(outlet, count)
+        outlet.flush()
+        if self._plan is not None:
+            self._journal.wait(self, self._stamp)
+        elif not self._due_queue:
+            self.pump()
+        elif more:
+            outlet.owes()
+
+    def _pump_due(self, outlet: Outlet, count: int) -> bool:
+        """Whether it stopped at the count, and not for the client."""
+        queue = self._due_queue
+        for _ in range(min(count, len(queue))):
+            n = queue[0]
+            due = self.due.get(n)
+            if due is None:
+                queue.popleft()
                 continue
             if outlet.congested:
                 return False
             again = self._due_again.get(n)
             if again is not None and again.state is SentState.RELEASED:
                 del self._due_again[n]
+                queue.popleft()
                 continue
             delivery = self._retained(due)
             qos = 0 if delivery is None else min(due.qos, delivery.qos) if again is None else again.qos
             if delivery is None or not outlet.takes(delivery, qos, due.identifiers):
+                queue.popleft()
                 if delivery is not None:
                     self._too_large(delivery, "retained", 0)
                 if again is None:
@@ -343,11 +373,13 @@ class Session:
                     self._abandon([again])
                 continue
             if not qos:
+                queue.popleft()
                 self._now(_Planned(delivery, 0, True, due.identifiers, 0, None), outlet)
                 self._forget_due(n)
                 continue
             if not self._send(delivery, qos, True, due.identifiers, None, n, outlet, again):
                 return False
+            queue.popleft()
             self._due_again.pop(n, None)
         return True
 
@@ -368,8 +400,10 @@ class Session:
         return None if body is None else desk.decoded(due.topic, body, message.expires_age_us)
 
     def _forget_due(self, n: int) -> None:
-        self.due.pop(n, None)
+        due = self.due.pop(n, None)
         sent = self._due_sent.pop(n, None)
+        if due is not None and sent is None:
+            self._due_fresh.discard(due)
         self._due_again.pop(n, None)
         if self.durable:
             self._journal.execute("DELETE FROM mqtt_retained_due WHERE client_id = ? AND n = ?", (self.client_id, n))
@@ -394,7 +428,14 @@ class Session:
         """
         outlet = self.outlet
         feed = self.feeds.get(stream)
-        if outlet is None or feed is None or not feed.live or self.due or self._plan is not None or outlet.congested:
+        if (
+            outlet is None
+            or feed is None
+            or not feed.live
+            or self._due_queue
+            or self._plan is not None
+            or outlet.congested
+        ):
             return False
         if len(feed.order) >= AHEAD_ROWS_MAX:
             return False
@@ -430,7 +471,7 @@ class Session:
     @property
     def behind(self) -> bool:
         """Whether `pump` might find something to send."""
-        return bool(self.due) or not all([f.live for f in self.feeds.values()])
+        return bool(self._due_queue) or not all([f.live for f in self.feeds.values()])
 
     def caught_up(self) -> None:
         """Move the place over rows that nobody here wants; they hold up the deletion of what is before them."""
@@ -464,11 +505,14 @@ class Session:
         outlet = self.outlet
         if outlet is None or self._plan is not None:
             return
+        if self._due_queue:  # before anything newer
+            outlet.flush()
+            outlet.owes()
+            return
         more = False
-        if not self.due or self._pump_due(outlet):
-            for feed in self.feeds.values():
-                if not feed.live:
-                    more = self._pump_feed(feed, outlet) or more
+        for feed in self.feeds.values():
+            if not feed.live:
+                more = self._pump_feed(feed, outlet) or more
         outlet.flush()
         if more:
             outlet.come_back()
@@ -479,7 +523,7 @@ class Session:
         """Whether it stopped only to let others have a turn: then nothing else will wake it."""
         stream = feed.stream
         feed.next = max(feed.next, feed.cursor.position)
-        budget = PUMP_ROWS_MAX
+        budget = TURN_ROWS_MAX
         done = True
         while done and feed.next < stream.committed and budget > 0 and not outlet.congested:
             rows = self._journal.read(stream, feed.next, min(READ_ROWS, budget))
@@ -607,6 +651,7 @@ class Session:
                 order.append(sent)
         elif sent.place is None:
             self._due_sent[sent.seq] = sent
+            self._due_fresh.discard(self.due[sent.seq])
 
     def _now(self, planned: _Planned, outlet: Outlet) -> None:
         """Send, or wait behind what waits for its commit, so that the order stays."""

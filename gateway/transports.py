@@ -1,4 +1,4 @@
-"""How a connection gets from `listen` to its protocol: over TCP or a Unix socket, through TLS with fresh certificates.
+"""How an accepted connection gets to its protocol: through TLS, with fresh certificates, its handshake as dear work.
 
 Knows nothing of what is spoken on top.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import os
-import socket
 import ssl
-import stat
 from asyncio import sslproto
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from gateway.config_values import Listen
+from gateway.turns import Account, Turns
 from security.admission import Admission, Reports
 from security.tls import ClientCert, TLSFileError, file_stamp, server_context
 
@@ -26,7 +26,6 @@ log = logging.getLogger("lineside.listen")
 
 HANDSHAKE_S: Final = 10.0
 CLOSE_S: Final = 2.0
-BACKLOG: Final = 1024
 # asyncio keeps a buffer of this size for every TLS connection from its first byte on, 256 KB by itself: a thousand that
 # only began a handshake would be a quarter of a gigabyte.
 TLS_BUFFER_BYTES: Final = 64 << 10
@@ -97,17 +96,22 @@ class ServerTls:
 
     def _read(self) -> ssl.SSLContext:
         files = self._files
-        return server_context(files.cert, files.key, files.client_ca, files.client_cert, files.crl, files.key_password)
+        context = server_context(
+            files.cert, files.key, files.client_ca, files.client_cert, files.crl, files.key_password
+        )
+        context.sslobject_class = _Metered
+        return context
 
 
 class Handshakes:
     """The connections that have not got to their protocol yet: how many there may be, and their end at a stop."""
 
-    def __init__(self, handshakes_max: int, admission: Admission | None = None) -> None:
+    def __init__(self, handshakes_max: int, admission: Admission | None = None, turns: Turns | None = None) -> None:
         self.handshakes_max = handshakes_max
         self._pending: set[asyncio.Transport] = set()
-        now = asyncio.get_running_loop().time()
-        self.admission = Admission(now) if admission is None else admission
+        loop = asyncio.get_running_loop()
+        self.admission = Admission(loop.time()) if admission is None else admission
+        self.turns = Turns(loop) if turns is None else turns
         self._reports = Reports()
 
     def __len__(self) -> int:
@@ -124,7 +128,7 @@ class Handshakes:
 
     def report(self, text: str, peer: str, **fields: object) -> None:
         """A warning about a peer, of equal ones only as many as a log can bear."""
-        left_out = self._reports.due(text, _source(peer)[0], asyncio.get_running_loop().time())
+        left_out = self._reports.due(text, source_of(peer)[0], asyncio.get_running_loop().time())
         if left_out is not None:
             more: dict[str, object] = {"left_out": left_out} if left_out else {}
             log.warning(text, extra={"peer": peer} | fields | more)
@@ -137,27 +141,26 @@ class Handshakes:
             transport.abort()
 
 
-class Door(asyncio.Protocol):
-    """What every accepted connection meets first: one too many in too little time goes before anything is kept of it.
+# What a handshake takes with all that asyncio does around it, by what OpenSSL takes of that.
+AROUND: Final = 2.0
+# Whose handshake is under way, and who is to know what it costs.
+_shaking: ContextVar[tuple[Turns, Account] | None] = ContextVar("shaking", default=None)
 
-    `factory` makes the protocol of those that are let in.
-    """
 
-    def __init__(self, factory: Callable[[], asyncio.BaseProtocol], handshakes: Handshakes) -> None:
-        self._factory = factory
-        self._handshakes = handshakes
+class _Metered(ssl.SSLObject):
+    """TLS on a server's side. asyncio has its handshake done by callbacks of its own, so it is charged here."""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        peer = peer_name(transport)
-        now = asyncio.get_running_loop().time()
-        if not self._handshakes.admission.admit(*_source(peer), now):
-            self._handshakes.report("connection refused: too many from there in too little time", peer)
-            transport.abort()
+    def do_handshake(self) -> None:
+        shaking = _shaking.get()
+        if shaking is None:
+            super().do_handshake()
             return
-        protocol = self._factory()
-        transport.set_protocol(protocol)
-        protocol.connection_made(transport)
+        turns, account = shaking
+        began_s = turns.cpu()
+        try:
+            super().do_handshake()
+        finally:
+            turns.spent(account, (turns.cpu() - began_s) * AROUND)
 
 
 class TlsGate(asyncio.Protocol):
@@ -174,16 +177,31 @@ class TlsGate(asyncio.Protocol):
         self._listen = listen
         self._handshakes = handshakes
         self._loop = asyncio.get_running_loop()
+        self._turns = handshakes.turns
         self._early = bytearray()
         self._lost = False
         self._task: asyncio.Task[None] | None = None
+        self._raw: asyncio.Transport
+        self._peer = "?"
+        self.account: Account
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         transport.pause_reading()  # the first byte is for the handshake
-        peer = peer_name(transport)
-        if self._handshakes.begin(transport, peer):
-            self._task = self._loop.create_task(self._shake_hands(transport, peer))
+        self._raw, self._peer = transport, peer_name(transport)
+        self.account = self._turns.account(source_of(self._peer)[0])
+        if self._handshakes.begin(transport, self._peer):
+            self._turns.enter(self)
+
+    def turn(self) -> None:
+        """Begin the handshake. What it costs later is charged as it comes."""
+        if self._lost or self._raw.is_closing():
+            self._handshakes.end(self._raw)
+            return
+        self._task = self._loop.create_task(self._shake_hands(self._raw, self._peer))
+
+    def abort(self) -> None:
+        self._raw.abort()
 
     def data_received(self, data: bytes) -> None:
         """What came with the end of the handshake, before its news reached us."""
@@ -195,8 +213,10 @@ class TlsGate(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
+        self._handshakes.end(self._raw)
 
     async def _shake_hands(self, raw: asyncio.Transport, peer: str) -> None:
+        _shaking.set((self._turns, self.account))  # for the callbacks that `start_tls` makes
         try:
             tls = await self._loop.start_tls(
                 raw,
@@ -248,15 +268,22 @@ def _handshake_fault(error: OSError) -> str:
 
 def peer_name(transport: asyncio.BaseTransport) -> str:
     """The other end of a connection, for logs."""
-    peer = transport.get_extra_info("peername")
-    return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
+    return peer_of(transport.get_extra_info("peername"))
 
 
-def _source(peer: str) -> tuple[str, bool]:
+def peer_of(address: object) -> str:
+    """The same from a socket's address; that of a Unix socket says nothing."""
+    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "unix"
+
+
+def source_of(peer: str) -> tuple[str, bool]:
     """Whom connections are counted for, and whether that is this machine."""
     host = peer.rpartition(":")[0].partition("%")[0]
-    if not host:
-        return peer, True
+    return _source_of_host(host) if host else (peer, True)
+
+
+@lru_cache(maxsize=1024)
+def _source_of_host(host: str) -> tuple[str, bool]:
     address = ipaddress.ip_address(host)
     mapped = getattr(address, "ipv4_mapped", None)
     address = mapped or address
@@ -265,46 +292,3 @@ def _source(peer: str) -> tuple[str, bool]:
     if isinstance(address, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((int(address) >> 64 << 64, 64))), False
     return str(address), False
-
-
-async def open_server(
-    factory: Callable[[], asyncio.BaseProtocol],
-    listen: Listen,
-    handshakes: Handshakes,
-    tls: ServerTls | None = None,
-    passed: socket.socket | None = None,
-) -> asyncio.Server:
-    """Listen, and give every connection a protocol of `factory`, after TLS if `listen` asks for it. Raises OSError.
-
-    `passed`: the socket that listens there already.
-    """
-    loop = asyncio.get_running_loop()
-
-    def door() -> asyncio.BaseProtocol:
-        return Door(factory, handshakes)
-
-    if listen.path:
-        if passed is not None:
-            return await loop.create_unix_server(door, sock=passed)
-        _clear_socket(listen.path)
-        return await loop.create_unix_server(door, listen.path)
-    if listen.tls:
-        assert tls is not None
-        context, inner = tls, factory
-
-        def gate() -> asyncio.BaseProtocol:
-            return TlsGate(inner, context, listen, handshakes)
-
-        factory = gate
-    if passed is not None:
-        return await loop.create_server(door, sock=passed, backlog=BACKLOG)
-    return await loop.create_server(door, listen.host, listen.port, backlog=BACKLOG)
-
-
-def _clear_socket(path: str) -> None:
-    """A Unix socket that a killed daemon left behind must not keep this one from starting; other files stay."""
-    try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
-    except FileNotFoundError:
-        pass

@@ -11,11 +11,15 @@ import logging
 import math
 import socket
 from collections.abc import Callable
+from enum import Flag, auto
 from typing import Any, Protocol
 
 from gateway.amqp.engine import Engine
-from gateway.amqp.events import Event
+from gateway.amqp.events import Credit, Deliveries, Event, Settled
 from gateway.amqp.sasl import Outcome as Refusal
+from gateway.slices import Looked, Slices
+from gateway.transports import peer_name, source_of
+from gateway.turns import Account, Turns
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +27,14 @@ log = logging.getLogger(__name__)
 CLOSE_WAIT_S = 2.0
 # A deadline in the past, or nearly, still lets the loop turn.
 TICK_S_MIN = 0.001
+PIECE_BYTES = 16 << 10  # of a message that has not ended yet: as much work as a small one
+
+
+class Holds(Flag):
+    """Why nothing is read from a peer."""
+
+    OWNER = auto()
+    UNREAD = auto()
 
 
 class Handler(Protocol):
@@ -36,7 +48,8 @@ class Handler(Protocol):
 class AmqpProtocol(asyncio.Protocol):
     """One connection. `make_engine` is called with the connected transport (after TLS), and may read its certificate.
 
-    on_ready, if given, is called once with this protocol before any event: a client opens its engine there.
+    on_ready, if given, is called once with this protocol before any event: a client opens its engine there. `turns`, if
+    given: what the peer asks for beyond messages waits for its turn, and is read slice by slice.
     """
 
     def __init__(
@@ -44,7 +57,11 @@ class AmqpProtocol(asyncio.Protocol):
         make_engine: Callable[[asyncio.Transport], Engine],
         handler: Handler,
         on_ready: Callable[[AmqpProtocol], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
+        self._turns = turns
+        self._slices: Slices | None = None
+        self._holds = Holds(0)
         self._make_engine = make_engine
         self._handler = handler
         self._on_ready = on_ready
@@ -74,6 +91,9 @@ class AmqpProtocol(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.engine = self._make_engine(transport)
         self.engine.on_output = self.schedule_flush
+        if self._turns is not None:
+            account = self._turns.account(source_of(peer_name(transport))[0])
+            self._slices = Slices(self._turns, account, transport, self._look)
         if self._on_ready is not None:
             self.guarded(self._on_ready, self)
         self._tick()
@@ -83,11 +103,49 @@ class AmqpProtocol(asyncio.Protocol):
         if self._over:
             return
         self.heard = True
+        if self._slices is None:
+            self._receive(data)
+        else:
+            self._slices.feed(data)
+
+    def _receive(self, data: bytes) -> list[Event]:
         events = self.engine.receive(data, self._loop.time())
         self._deliver(events)
         if self.engine.deadline < self._timer_at:
             self._tick()
         self.schedule_flush()
+        return events
+
+    def _look(self, data: bytes) -> Looked:
+        """Messages and answers to ours are plain; so are the pieces of a large one. All else is dear, silence, too."""
+        before = self.engine.partial_bytes
+        events = [] if self._over else self._receive(data)
+        dear, plain, staged = 0, max(0, self.engine.partial_bytes - before) / PIECE_BYTES, False
+        for event in events:
+            match event:
+                case Deliveries(_, batch):
+                    plain += len(batch)
+                    staged = True
+                case Settled():
+                    plain += 1
+                case Credit():
+                    pass
+                case _:
+                    dear += 1
+        assert self._slices is not None
+        if self.write_paused and self._slices.dear and not plain:
+            self._hold(Holds.UNREAD)  # whoever asks and asks, and reads no answers, gets no more of them
+        return Looked(dear if dear or plain else 1, plain, staged, 0.0)
+
+    @property
+    def account(self) -> Account | None:
+        """Whom this connection costs."""
+        return None if self._slices is None else self._slices.account
+
+    @account.setter
+    def account(self, account: Account) -> None:
+        if self._slices is not None:
+            self._slices.account = account
 
     def eof_received(self) -> bool | None:
         return False
@@ -99,8 +157,12 @@ class AmqpProtocol(asyncio.Protocol):
         self.write_paused = False
         self.guarded(self.on_resumed)
         self.schedule_flush()
+        self._release(Holds.UNREAD)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        rest = b"" if self._slices is None else self._slices.end()
+        if rest:
+            self._receive(rest)
         self._over = True
         for timer in (self._timer, self._close_timer):
             if timer is not None:
@@ -144,12 +206,27 @@ class AmqpProtocol(asyncio.Protocol):
 
     def pause_reading(self) -> None:
         """Take no more from the peer until resume_reading(): intake is stopped, or slower than the peer."""
-        if self._transport is not None and not self._transport.is_closing() and self._transport.is_reading():
+        if self._slices is not None:
+            self._hold(Holds.OWNER)
+        elif self._transport is not None and not self._transport.is_closing() and self._transport.is_reading():
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if self._transport is not None and not self._transport.is_closing() and not self._transport.is_reading():
+        if self._slices is not None:
+            self._release(Holds.OWNER)
+        elif self._transport is not None and not self._transport.is_closing() and not self._transport.is_reading():
             self._transport.resume_reading()
+
+    def _hold(self, why: Holds) -> None:
+        assert self._slices is not None
+        self._holds |= why
+        self._slices.hold()
+
+    def _release(self, why: Holds) -> None:
+        if self._slices is not None and self._holds & why:
+            self._holds &= ~why
+            if not self._holds:
+                self._slices.release()
 
     @property
     def waiting_bytes(self) -> int:
@@ -177,6 +254,14 @@ class AmqpProtocol(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flush_scheduled = False
+        if self._slices is not None and self._slices.dear:
+            assert self._turns is not None
+            with self._turns.charging(self._slices.account):
+                self._write()
+        else:
+            self._write()
+
+    def _write(self) -> None:
         transport = self._transport
         if self._over or transport is None or transport.is_closing():
             return
@@ -197,17 +282,12 @@ class AmqpProtocol(asyncio.Protocol):
             self._expect_end()
 
     def _end(self, transport: asyncio.Transport) -> None:
-        """All is said. A peer that still sends must get to hear it: closed on unread bytes, TCP resets, and what it has
-        not read yet is lost to it. So bytes are thrown away until its end (AMQP 1.0 §2.4.6, DISCARDING), for a while.
-        """
-        if not self.engine.server or not self.engine.failed:
+        """All is said. Of a peer that broke the protocol the rest is thrown away (AMQP 1.0 §2.4.6, DISCARDING)."""
+        if self._slices is None or not self.engine.failed:
             transport.close()
         elif not self._ending:
             self._ending = True
-            if transport.can_write_eof():
-                transport.write_eof()
-            self.resume_reading()
-            self._expect_end()
+            self._slices.last_words()
 
     def _expect_end(self) -> None:
         if self._close_timer is None and not self._over:

@@ -543,6 +543,8 @@ class Engine:
         self._header_seen = False
         self._last_words = b""
         self._links_max = links_max
+        self._sessions_max = sessions_max
+        self._ending = 0  # sessions whose end is not written yet: until then they have their channel
         self._partial_bytes = 0
         self._partial_bytes_max = partial_bytes_max
         self._transport: Any = proton.Transport(proton.Transport.SERVER if server else proton.Transport.CLIENT)
@@ -592,6 +594,11 @@ class Engine:
     def closing(self) -> bool:
         """Close was sent, or the connection broke: only the peer's close is still to come."""
         return self._lost or self._failed or self._closed_here
+
+    @property
+    def closed_by_peer(self) -> bool:
+        """Whether the peer has said close."""
+        return self._closed_there
 
     @property
     def links(self) -> tuple[Sender | Receiver, ...]:
@@ -744,6 +751,7 @@ class Engine:
                     self._feeding.pop(sender, None)
             pieces += raw.output(self._transport, limit_bytes)
             self._drain(None)
+            self._ending = 0
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def tick(self, now: float) -> float:
@@ -790,6 +798,11 @@ class Engine:
         event = Settled(sender)
         if not self._events or self._events[-1] != event:
             self._events.append(event)
+
+    @property
+    def partial_bytes(self) -> int:
+        """Of messages that have not ended yet."""
+        return self._partial_bytes
 
     def _count_partial(self, receiver: Receiver) -> None:
         """A peer may begin a large message on every link and finish none: together they are bounded, too."""
@@ -920,6 +933,10 @@ class Engine:
     def _remote_begin(self, pointer: raw.Pointer) -> None:
         if pointer in self._sessions:
             return
+        if len(self._sessions) + self._ending >= self._sessions_max:
+            # With no channel left for its answer proton gives up all output, and tells nobody.
+            self._fail(RESOURCE_LIMIT_EXCEEDED, f"more than {self._sessions_max} sessions, with those not yet answered")
+            return
         wrap: Any = proton.Session.wrap
         session = wrap(pointer)
         self._sessions[pointer] = Session(self, session)
@@ -943,6 +960,7 @@ class Engine:
             # The termini outlive their session where their expiry policy says so.
             self._drop_link(link, condition, description, detached=True)
         self._drop_session(session)
+        self._ending += 1
         session._session.close()
         session._session.free()
         self._events.append(SessionClosed(session, condition, description))

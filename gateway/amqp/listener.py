@@ -45,6 +45,7 @@ from gateway.amqp.termini import Durability, Expiry, Terminus
 from gateway.broker import Broker
 from gateway.groups import Group
 from gateway.routing import Route
+from gateway.turns import Account, Turns
 from security.rules import Action, Identity
 from storeforward.batch import Batch
 from storeforward.errors import JournalFull
@@ -101,7 +102,9 @@ class AmqpListener:
         idle_timeout_s: float,
         window: int,
         access: Access | None = None,
+        turns: Turns | None = None,
     ) -> None:
+        self._turns = turns
         self.broker = broker
         self.kick = kick
         self.container = container
@@ -126,7 +129,7 @@ class AmqpListener:
 
     def protocol(self) -> AmqpProtocol:
         peer = Peer(self)
-        return AmqpProtocol(peer.engine, peer, peer.ready)
+        return AmqpProtocol(peer.engine, peer, peer.ready, self._turns)
 
     # ------------------------------------------------------------------ who reads what
 
@@ -317,6 +320,8 @@ class Peer:
             self._handshake.cancel()
             self._handshake = None
         self._container = container
+        if self._identity.local:
+            self.protocol.account = Account()  # apps of this machine are not one another's
         admitted = self._identity if self._admission is None else self._admission.identity
         self._identity = replace(admitted, client=container)
         self._permit = None if self._listener.access is None else self._listener.access.permit(self._identity)

@@ -53,6 +53,8 @@ from gateway.mqtt.topics import check_filter, check_topic
 
 REMAINING_LENGTH_MAX = 268_435_455
 TEXT_MAX_BYTES = 65_535
+# Kept of one SUBSCRIBE: as many as a session may have. Those beyond are read and counted, and take no memory.
+FILTERS_MAX = 10_000
 
 
 def _malformed(text: str) -> MqttError:
@@ -380,24 +382,66 @@ def _read_ack(kind: Callable[[int, int, AckProperties], Packet], allowed: frozen
     return read
 
 
-def _read_subscribe(first: int, reader: _Reader, version: int) -> Subscribe:
-    packet_id = reader.packet_id()
-    properties = _properties(SubscribeProperties, reader) if version == V5 else SubscribeProperties()
-    subscriptions = []
-    while reader.at < reader.end:
-        filter = _filter(reader.text(), version)
-        options = reader.u8()
-        if options & 3 == 3 or options & (0xC0 if version == V5 else 0xFC):
-            raise _malformed("a subscription's reserved option bits are set")  # MQTT-3.8.3-5
-        handling = options >> 4 & 3
-        if handling == 3:
-            raise _protocol("a subscription has retain handling 3")
-        if options & 4 and filter.startswith("$share/"):
-            raise _protocol("a shared subscription has No Local set")  # MQTT-3.8.3-4
-        subscriptions.append(Subscription(filter, options & 3, bool(options & 4), bool(options & 8), handling))
-    if not subscriptions:
-        raise _protocol("SUBSCRIBE has no topic filter")  # MQTT-3.8.3-2
-    return Subscribe(packet_id, tuple(subscriptions), properties)
+class FilterReader:
+    """A SUBSCRIBE or UNSUBSCRIBE, read piece by piece: one of a megabyte holds a quarter of a million filters."""
+
+    def __init__(self, first: int, body: bytes, version: int) -> None:
+        self._subscribes = first >> 4 == PacketType.SUBSCRIBE
+        self._version = version
+        self._reader = reader = _Reader(body)
+        self._packet_id = reader.packet_id()
+        kind = SubscribeProperties if self._subscribes else UnsubscribeProperties
+        self._properties: Any = _properties(kind, reader) if version == V5 else kind()
+        self._subscriptions: list[Subscription] = []
+        self._filters: list[str] = []
+        self._surplus = 0
+        if reader.at == reader.end:  # MQTT-3.8.3-2, MQTT-3.10.3-2
+            raise _protocol(f"{'SUBSCRIBE' if self._subscribes else 'UNSUBSCRIBE'} has no topic filter")
+
+    @property
+    def done(self) -> bool:
+        return self._reader.at == self._reader.end
+
+    def read(self, count: int) -> int:
+        """Read so many filters more, or what there is; return how many that were. Raises MqttError."""
+        reader, version = self._reader, self._version
+        done = 0
+        while done < count and reader.at < reader.end:
+            if not self._subscribes:
+                self._filters.append(_filter(reader.text(), version))
+            elif len(self._subscriptions) < FILTERS_MAX:
+                self._subscriptions.append(_subscription(reader, version))
+            else:
+                _subscription(reader, version)
+                self._surplus += 1
+            done += 1
+        return done
+
+    def packet(self) -> Subscribe | Unsubscribe:
+        """Once `done`."""
+        assert self.done
+        if self._subscribes:
+            return Subscribe(self._packet_id, tuple(self._subscriptions), self._properties, self._surplus)
+        return Unsubscribe(self._packet_id, tuple(self._filters), self._properties)
+
+
+def _subscription(reader: _Reader, version: int) -> Subscription:
+    filter = _filter(reader.text(), version)
+    options = reader.u8()
+    if options & 3 == 3 or options & (0xC0 if version == V5 else 0xFC):
+        raise _malformed("a subscription's reserved option bits are set")  # MQTT-3.8.3-5
+    handling = options >> 4 & 3
+    if handling == 3:
+        raise _protocol("a subscription has retain handling 3")
+    if options & 4 and filter.startswith("$share/"):
+        raise _protocol("a shared subscription has No Local set")  # MQTT-3.8.3-4
+    return Subscription(filter, options & 3, bool(options & 4), bool(options & 8), handling)
+
+
+def _read_filters(first: int, reader: _Reader, version: int) -> Subscribe | Unsubscribe:
+    filters = FilterReader(first, reader.rest(), version)
+    filters.read(REMAINING_LENGTH_MAX)
+    return filters.packet()
 
 
 def _read_suback(first: int, reader: _Reader, version: int) -> Suback:
@@ -407,17 +451,6 @@ def _read_suback(first: int, reader: _Reader, version: int) -> Suback:
     if not reasons or not (_SUBACK_REASONS if version == V5 else _SUBACK_REASONS_V3).issuperset(reasons):
         raise _protocol("SUBACK has a reason code it does not have, or none")
     return Suback(packet_id, reasons, properties)
-
-
-def _read_unsubscribe(first: int, reader: _Reader, version: int) -> Unsubscribe:
-    packet_id = reader.packet_id()
-    properties = _properties(UnsubscribeProperties, reader) if version == V5 else UnsubscribeProperties()
-    filters = []
-    while reader.at < reader.end:
-        filters.append(_filter(reader.text(), version))
-    if not filters:
-        raise _protocol("UNSUBSCRIBE has no topic filter")  # MQTT-3.10.3-2
-    return Unsubscribe(packet_id, tuple(filters), properties)
 
 
 def _read_unsuback(first: int, reader: _Reader, version: int) -> Unsuback:
@@ -472,9 +505,9 @@ _READERS: dict[PacketType, Callable[[int, _Reader, int], Packet]] = {
     PacketType.PUBREC: _read_ack(Pubrec, _PUBACK_REASONS),
     PacketType.PUBREL: _read_ack(Pubrel, _PUBREL_REASONS),
     PacketType.PUBCOMP: _read_ack(Pubcomp, _PUBREL_REASONS),
-    PacketType.SUBSCRIBE: _read_subscribe,
+    PacketType.SUBSCRIBE: _read_filters,
     PacketType.SUBACK: _read_suback,
-    PacketType.UNSUBSCRIBE: _read_unsubscribe,
+    PacketType.UNSUBSCRIBE: _read_filters,
     PacketType.UNSUBACK: _read_unsuback,
     PacketType.PINGREQ: _read_pingreq,
     PacketType.PINGRESP: _read_pingresp,

@@ -16,6 +16,10 @@ The owner's loop::
     when TCP ends: conn.eof()
 
 `accept` returns events: what the client sent behind its CONNECT is held until then.
+
+Most of what a client sends costs little: messages, and answers to ours. The rest is dear, and an owner with more than
+one client sets `dear_left` before `receive` and `accept`: where that is used up, `waiting` becomes true, and what
+follows is held until `go_on(dear, now)`. The owner should not read the socket in between.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from gateway.mqtt.codec import (
     CONNACK_REASONS,
     DISCONNECT_REASONS,
     REMAINING_LENGTH_MAX,
+    FilterReader,
     PropertiesCache,
     TopicCache,
     check_first_byte,
@@ -85,6 +90,7 @@ from gateway.mqtt.packets import (
 PACKET_IDS_MAX = 65_535
 ALIAS_TOPIC_MIN = 4  # characters; shorter topics gain nothing by an alias
 NO_LIMIT = sys.maxsize
+FILTERS_AT_ONCE = 16  # of a SUBSCRIBE: so many are read for one unit of dear work
 _PINGRESP = encode(Pingresp(), V3)
 
 
@@ -212,11 +218,11 @@ class TooLargeForPeer(LinesideError):
 
 def _publish_flags(first: int) -> tuple[int, bool, bool] | None:
     qos, retain, dup = first >> 1 & 3, bool(first & 1), bool(first & 8)
-    plain = first >> 4 == PacketType.PUBLISH and qos < 2 and not (dup and not qos)
+    plain = first >> 4 == PacketType.PUBLISH and qos < 2 and not (dup and not qos) and not retain
     return (qos, retain, dup) if plain else None
 
 
-# (QoS, retain, dup) by first byte, for those bytes the hot loop takes.
+# (QoS, retain, dup) by first byte, for those bytes the hot loop takes. A message that is to be retained is dear.
 _FLAGS: tuple[tuple[int, bool, bool] | None, ...] = tuple(_publish_flags(first) for first in range(256))
 
 
@@ -237,6 +243,9 @@ class ServerConnection:
         self._aliases: dict[int, str] = {}
         self._buffer = bytearray()  # an unfinished packet, or what is held behind CONNECT
         self._need_bytes = 0  # nothing to do before the buffer holds so many
+        self._filters: FilterReader | None = None  # a packet that is being read
+        self.dear_left = NO_LIMIT  # what may still be done, in units of about one packet or filter
+        self.waiting = False  # for more of that
         self._out: list[bytes] = []
         self._began_s: float | None = None
         self._heard_s = 0.0
@@ -278,6 +287,8 @@ class ServerConnection:
         """When `tick` has something to say, if nothing is received before then."""
         if self._began_s is None:
             self._began_s = now
+        if self.waiting:
+            return None  # it is not the client that keeps silent
         if self.state is State.AWAITING_CONNECT:
             return self._began_s + self.limits.connect_timeout_s
         if self.state is State.OPEN and self.keep_alive_s:
@@ -307,12 +318,27 @@ class ServerConnection:
         self._heard_s = now
         if self.state is State.AWAITING_VERDICT:
             return self._hold(data)
+        if self.waiting:
+            self._buffer += data
+            return []
         if self._buffer:
             self._buffer += data
             if len(self._buffer) < self._need_bytes:
                 return []
             data = bytes(self._buffer)
             self._buffer.clear()
+        return self._process(data)
+
+    def go_on(self, dear: int, now: float) -> list[Event]:
+        """Take what was held because it is dear, up to so much of it."""
+        assert self.waiting or self.state is State.CLOSED
+        self.waiting = False
+        if self.state is State.CLOSED:
+            return []
+        self.dear_left = dear
+        self._heard_s = now  # until now nobody was listening
+        data = bytes(self._buffer)
+        self._buffer.clear()
         return self._process(data)
 
     def tick(self, now: float) -> list[Event]:
@@ -338,6 +364,8 @@ class ServerConnection:
         self.state = after
         if after is State.CLOSED:
             self._buffer.clear()
+            self._filters = None
+            self.waiting = False
             self._aliases.clear()
             self._aliases_set.clear()
 
@@ -397,6 +425,8 @@ class ServerConnection:
     def _take_connect(self, data: bytes, events: list[Event]) -> int:
         framed = self._frame(data, 0, min(self.limits.connect_max_bytes, self.limits.packet_max_bytes))
         if framed is None:
+            return 0
+        if not self._afford():
             return 0
         begin, end = framed
         body = data[begin:end]
@@ -524,6 +554,8 @@ class ServerConnection:
         gathered = _Gathered(events)
         at = 0
         try:
+            if self._filters is not None and not self._read_filters(events):
+                return 0
             while self.state is State.OPEN:
                 if at < len(data) and data[at] >> 4 <= PacketType.PUBACK:  # CONNECT is none of the two, and harmless
                     gathered.turn(PacketType.PUBLISH)
@@ -531,14 +563,23 @@ class ServerConnection:
                 framed = self._frame(data, at, self.limits.packet_max_bytes) if at < len(data) else None
                 if framed is None:
                     return at
-                first, body = data[at], data[framed[0] : framed[1]]
+                first, kind = data[at], data[at] >> 4
+                # Answers are what messages bring with them. Of messages only those to be retained are dear.
+                dear = first & 1 if kind == PacketType.PUBLISH else not PacketType.PUBACK <= kind <= PacketType.PUBCOMP
+                if dear and not self._afford():
+                    return at
+                body = data[framed[0] : framed[1]]
                 at = framed[1]
-                kind = first >> 4
                 if kind == PacketType.PUBLISH:
                     gathered.turn(PacketType.PUBLISH)
                     gathered.messages.append(self._take_publish(first, body))
                 elif PacketType.PUBACK <= kind <= PacketType.PUBCOMP:
                     self._take_ack(first, body, gathered)
+                elif kind in (PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE):
+                    gathered.flush()
+                    self._filters = FilterReader(first, body, self.version)
+                    if not self._read_filters(events):
+                        return at
                 else:
                     event = self._take_control(first, body)
                     if event is not None:
@@ -547,6 +588,42 @@ class ServerConnection:
         finally:
             gathered.flush()
         return at
+
+    def _afford(self) -> bool:
+        """Whether one more dear packet may be taken; if not, it waits."""
+        if self.dear_left <= 0:
+            self.waiting = True
+            return False
+        self.dear_left -= 1
+        return True
+
+    def _read_filters(self, events: list[Event]) -> bool:
+        """Go on reading a SUBSCRIBE or UNSUBSCRIBE: whether what follows may be taken, too.
+
+        What its filters ask for is dear, and has to be done first.
+        """
+        filters = self._filters
+        assert filters is not None
+        while not filters.done:
+            if not self._afford():
+                return False
+            filters.read(FILTERS_AT_ONCE)
+        self._filters = None
+        packet = filters.packet()
+        if isinstance(packet, Unsubscribe):
+            self.dear_left -= len(packet.filters)
+            events.append(Unsubscribed(packet))
+            self.waiting = self.dear_left < 0
+            return not self.waiting
+        if packet.properties.subscription_identifier and not self.limits.subscription_identifiers_available:
+            raise MqttError(
+                Reason.SUBSCRIPTION_IDENTIFIERS_NOT_SUPPORTED,
+                "SUBSCRIBE has a subscription identifier",
+            )
+        self.dear_left -= len(packet.subscriptions)
+        events.append(Subscribed(packet))
+        self.waiting = self.dear_left < 0
+        return not self.waiting
 
     def _take_plain(self, d: bytes, i: int, messages: list[Message], acked: list[int]) -> int:
         """Take plain PUBLISHes of QoS 0 and 1 and plain PUBACKs from `i`; return where something else begins.
@@ -740,15 +817,6 @@ class ServerConnection:
     def _take_control(self, first: int, body: bytes) -> Event | None:
         packet = decode_body(first, body, self.version)
         match packet:
-            case Subscribe():
-                if packet.properties.subscription_identifier and not self.limits.subscription_identifiers_available:
-                    raise MqttError(
-                        Reason.SUBSCRIPTION_IDENTIFIERS_NOT_SUPPORTED,
-                        "SUBSCRIBE has a subscription identifier",
-                    )
-                return Subscribed(packet)
-            case Unsubscribe():
-                return Unsubscribed(packet)
             case Pingreq():
                 self._out.append(_PINGRESP)
             case Disconnect():
@@ -965,8 +1033,9 @@ class ServerConnection:
         return number
 
     def suback(self, packet: Subscribe, reasons: Sequence[int]) -> None:
-        """One reason a subscription, in its order: the QoS granted, or 0x80 and above."""
+        """One reason a subscription, in its order: the QoS granted, or 0x80 and above. Those in surplus are refused."""
         assert len(reasons) == len(packet.subscriptions)
+        reasons = [*reasons, *[Reason.QUOTA_EXCEEDED] * packet.surplus]
         if self.state is not State.OPEN:
             return
         if self.version == V3:

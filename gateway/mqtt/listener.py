@@ -10,11 +10,10 @@ import asyncio
 import logging
 import secrets
 import socket
-import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
 from gateway.broker import Broker
@@ -36,9 +35,12 @@ from gateway.mqtt.events import (
 )
 from gateway.mqtt.events import Message as Published
 from gateway.mqtt.mapping import Encoders
-from gateway.mqtt.packets import V5, Connect, PublishProperties, Reason
+from gateway.mqtt.packets import V5, Connect, PublishProperties, Reason, Subscribe, Unsubscribe
 from gateway.mqtt.topics import check_filter, filter_matches
 from gateway.sessions import Session
+from gateway.slices import Looked, Slices
+from gateway.transports import peer_name, source_of
+from gateway.turns import Account, Turns
 from security.identity import CertificateIdentity, certificate_identity
 from security.rules import Action
 from storeforward.errors import JournalFull
@@ -56,14 +58,11 @@ RESPONSE_PREFIX = "response/"
 HOLD_RETRY_S = 0.2
 CLOSE_WAIT_S = 2.0
 WRITE_BUFFER_BYTES = 256 << 10
-# What one client sent may keep the others waiting so long; a client whose packets cost more is read in slices. A commit
-# takes several turns of the loop, and each of them waits for such a slice.
-TURN_S = 0.0005
-SLOW_S = 4 * TURN_S
-SLICE_BYTES_MIN = 512
 # Answers that a client does not read, beyond what it is sent: then it is not read from either.
 ANSWERS_BYTES_MAX = 1 << 20
-READ_BYTES_MAX = 1 << 20  # more than a transport hands over at once
+# Of dear work (see `gateway.turns`): what is begun without looking at the clock, in packets, filters or messages.
+AT_ONCE = 16
+_T = TypeVar("_T")
 SURPLUS_MAX = 64  # connections beyond clients_max that are told why they are refused; the next are just cut off
 
 
@@ -101,7 +100,16 @@ class _Answer:
 class MqttListener:
     """What all clients of the daemon share."""
 
-    def __init__(self, broker: Broker, committer: Kick, limits: Limits, clients_max: int, expiry_s_max: float) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        committer: Kick,
+        limits: Limits,
+        clients_max: int,
+        expiry_s_max: float,
+        turns: Turns | None = None,
+    ) -> None:
+        self.turns = Turns(asyncio.get_running_loop()) if turns is None else turns
         self.broker = broker
         self.committer = committer
         self.limits = limits
@@ -170,10 +178,17 @@ class Client(asyncio.Protocol):
         self._permit: Permit | None = None
         self._login: asyncio.Task[None] | None = None
         self._deaf = False
-        self._rest = b""  # read, and to be looked at when others have had their turn
-        self._going_on = False
-        self._took_s = 0.0
-        self._slice_bytes = READ_BYTES_MAX
+        self._parted = False  # the client said DISCONNECT
+        self._ending = False  # we have said all we had to say
+        self._rest = b""  # what came before the connection ended, and is not looked at yet
+        self._slices: Slices
+        self._turns = listener.turns
+        self.account = Account()  # until it is let in, that of where it comes from
+        self._local = True
+        self._errands: deque[Iterator[None]] = deque()  # dear work that is begun; what comes next waits for it
+        self._due = False  # retained messages are
+        self._waits = False  # for its turn
+        self._over = False  # the connection is gone, and not all of what came by it is done
         self._refusals_logged = 0
         self.peer = "?"
         self.identity: CertificateIdentity | None = None  # who the client's certificate says it is, verified
@@ -187,8 +202,10 @@ class Client(asyncio.Protocol):
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.identity = certificate_identity(transport.get_extra_info("peercert"))
-        peer = transport.get_extra_info("peername")
-        self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
+        self.peer = peer_name(transport)
+        source, self._local = source_of(self.peer)
+        self.account = self._turns.account(source)
+        self._slices = Slices(self._turns, self.account, transport, self._look, gated=False)
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         listener = self._listener
         if len(listener.clients) < listener.clients_max:
@@ -202,40 +219,29 @@ class Client(asyncio.Protocol):
         self._set_timer()
 
     def data_received(self, data: bytes) -> None:
-        if self._rest:
-            self._rest += data
-        elif len(data) > self._slice_bytes:
-            self._rest = data
-            self._pause()
-            self._go_on()
-        else:
-            self._receive(data)
+        self._slices.feed(data)
 
-    def _receive(self, data: bytes) -> None:
-        # By processor time: a machine that is busy with others makes no client look costly.
-        began = time.thread_time()
-        self._take(self._conn.receive(data, self._loop.time()))
-        took = self._took_s = time.thread_time() - began
-        if took > SLOW_S:
-            self._slice_bytes = max(SLICE_BYTES_MIN, int(len(data) * TURN_S / took))
+    def _look(self, data: bytes) -> Looked:
+        conn = self._conn
+        dear = conn.dear_left = AT_ONCE if self._turns.ready else 0  # HOT: tests/bench, intake
+        events = conn.receive(data, self._loop.time())
+        self._take(events)
+        plain = 0
+        for event in events:
+            if type(event) is Publishes:
+                plain += len(event.messages)
+        if conn.waiting or self._errands:
+            self._enter()
         if self._congested and self._unread:
             self._pause()
+        dear -= conn.dear_left
+        plain = plain - dear if plain > dear else 0  # what is to be retained is a message, too
+        return Looked(dear, plain, plain > 0 and bool(self._journal.pending), 0.0)
 
     @property
     def _unread(self) -> bool:
         """Whether the client is sent answers, and reads none of them."""
         return self._transport is not None and self._transport.get_write_buffer_size() > ANSWERS_BYTES_MAX
-
-    def _go_on(self) -> None:
-        """Look at the next slice. What makes it wait ends with `_resume`."""
-        self._going_on = False
-        if self._transport is None or self._held or self._deaf or self._conn.awaiting_verdict or self._unread:
-            return
-        data, self._rest = self._rest[: self._slice_bytes], self._rest[self._slice_bytes :]
-        # A client that was slow once, on a busy machine, is read whole again after a while.
-        self._slice_bytes = min(READ_BYTES_MAX, self._slice_bytes + (self._slice_bytes >> 5))
-        self._receive(data)
-        self._resume()
 
     def pause_writing(self) -> None:
         self._congested = True
@@ -253,12 +259,104 @@ class Client(asyncio.Protocol):
             self._timer.cancel()
         if self._login is not None:
             self._login.cancel()
-        if self._rest and not self._conn.closing:
-            self._take(self._conn.receive(self._rest, self._loop.time()))
+        self._transport = None
+        self._rest = self._slices.end()
+        unread = self._rest or self._errands or self._conn.waiting
+        if unread and not (self._conn.closing or self._blocked):
+            self._over = True  # what it had said counts, and it may have said goodbye
+            self._wait()
+        elif self._turns.ready:
+            with self._turns.charging(self.account):
+                self._end()
+        else:
+            self._over = True
+            self._wait()
+
+    def _end(self) -> None:
+        """The connection is gone, and all that came by it is done."""
+        self._over = False
         self._rest = b""
+        self._errands.clear()
         self._take(self._conn.eof())
         self._leave()
-        self._transport = None
+
+    # ------------------------------------------------------------------ what costs more than messages do
+
+    @property
+    def _blocked(self) -> bool:
+        """Whether nothing more may be taken from the client for now. What ends it calls `_resume`."""
+        held = bool(self._held) and self._transport is not None  # what comes after the end is entered in the ledger
+        return held or self._deaf or self._conn.awaiting_verdict or self._unread
+
+    def _enter(self) -> None:
+        """Have the rest of what is dear done when it is this client's turn, and read no more until then."""
+        if self._errands or (self._conn.waiting and not self._blocked):
+            self._pause()
+            self._wait()
+
+    def _wait(self) -> None:
+        if not self._waits:
+            self._waits = True
+            self._turns.enter(self)
+
+    def turn(self) -> None:
+        """Do a portion of what is dear, in the order it came."""
+        self._waits = False
+        turns, conn, errands = self._turns, self._conn, self._errands
+        if self._transport is None and not self._over:
+            errands.clear()
+            return
+        while errands and not turns.over:
+            if next(errands[0], self) is self:
+                errands.popleft()
+        if self._due and not errands:
+            self._due = False
+            if self._session is not None:
+                self._session.pump_due(AT_ONCE)
+        while conn.waiting and not (errands or self._blocked or turns.over):
+            self._take(conn.go_on(AT_ONCE, self._loop.time()))
+        if self._over:
+            self._turn_after_the_end()
+        elif errands or self._due or (conn.waiting and not self._blocked):
+            self._wait()
+        else:
+            self._resume()
+        if self._journal.pending:
+            self._listener.committer.kick()
+        self.flush()
+
+    def _turn_after_the_end(self) -> None:
+        conn = self._conn
+        if self._rest and not (self._errands or conn.waiting or conn.closing):
+            rest, self._rest = self._rest, b""
+            conn.dear_left = 0
+            self._take(conn.receive(rest, self._loop.time()))
+        if not (conn.closing or self._blocked) and (self._errands or conn.waiting):
+            self._wait()
+        else:
+            self._end()
+
+    def _begin(self, errand: Iterator[None], *, at_once: bool) -> None:
+        """Dear work."""
+        if at_once and not self._errands:
+            for _ in errand:
+                pass
+        else:
+            self._errands.append(errand)
+
+    def abort(self) -> None:
+        """Its turn failed: only this connection pays."""
+        self._errands.clear()
+        self._deaf = True  # nothing more is done of what it has said
+        if self._transport is None:
+            self._end()
+        else:
+            self._abort()
+
+    def owes(self) -> None:
+        """Retained messages are due to the session."""
+        self._due = True
+        self._wait()
 
     # ------------------------------------------------------------------ the session's side (Outlet)
 
@@ -609,18 +707,13 @@ class Client(asyncio.Protocol):
             case Completed(packet_ids):
                 self._acked(packet_ids, [])
             case Subscribed(packet):
-                self._subscribe(packet)
+                # One of more filters has stopped the connection: what comes behind it is not among these events.
+                self._begin(self._subscribing(packet), at_once=len(packet.subscriptions) <= AT_ONCE)
             case Unsubscribed(packet):
-                assert self._session is not None
-                codes = self._broker.unsubscribe(self._session, packet.filters)
-                if self._conn.version == V5:
-                    codes = [
-                        Reason.TOPIC_FILTER_INVALID if _ill_formed(filter_) else code
-                        for filter_, code in zip(packet.filters, codes, strict=True)
-                    ]
-                self._journal.wait(self, lambda: self._conn.unsuback(packet, codes))
+                self._begin(self._unsubscribing(packet), at_once=len(packet.filters) <= AT_ONCE)
             case Disconnected(packet, clean, reason):
                 log.info("client left", extra=self._who(clean=clean, reason=reason))
+                self._parted = True
                 if packet is not None and packet.properties.session_expiry_interval is not None:
                     self._expiry = self._expiry_of(packet.properties.session_expiry_interval)
                 self._leave(clean=clean)
@@ -653,6 +746,8 @@ class Client(asyncio.Protocol):
         other = self._broker.sessions.get(client_id)
         if other is not None and isinstance(other.outlet, Client):
             other.outlet.taken_over()
+        if self._local:
+            self._slices.account = self.account = Account()  # apps of this machine are not one another's
         session, present, lasts = self._broker.connect(connect, client_id, self._expiry, self)
         self._session = session
         told = self._expiry if connect.version == 5 and self._expiry != asked else None
@@ -661,13 +756,17 @@ class Client(asyncio.Protocol):
 
         def accept() -> None:
             if self._session is session:
-                self._accept(session, present, assigned, told)
+                with self._turns.charging(self.account):
+                    self._accept(session, present, assigned, told)
+                self._enter()
+                self._resume()
 
         if lasts:
             self._pause()  # the time to CONNECT is over; what is sent meanwhile waits in the socket
             self._journal.wait(self, accept)
         else:
-            accept()
+            self._accept(session, present, assigned, told)
+            self._enter()
 
     def _accept(self, session: Session, present: bool, assigned: str | None, expiry_s: int | None) -> None:
         """Session and will are on disk, or their end is: the client is told that it has them."""
@@ -675,6 +774,7 @@ class Client(asyncio.Protocol):
         information = None
         if connect is not None and connect.properties.request_response_information:
             information = f"{RESPONSE_PREFIX}{self._conn.client_id or assigned}"
+        self._conn.dear_left = AT_ONCE if self._turns.ready else 0
         held = self._conn.accept(
             present, assigned_client_id=assigned, session_expiry_s=expiry_s, response_information=information
         )
@@ -687,33 +787,57 @@ class Client(asyncio.Protocol):
         elif not self._conn.closing:  # what was held may end with DISCONNECT
             self._broker.attach(session, self)
         self._take(held)
-        self._resume()
 
     def _expiry_of(self, asked: int) -> int:
         """What is granted of a session expiry interval, in seconds; the cap bounds "never", too."""
         return min(asked, self._listener.expiry_s_max)
 
-    def _subscribe(self, packet: Any) -> None:
+    def _subscribing(self, packet: Subscribe) -> Iterator[None]:
         session = self._session
         assert session is not None
         identifier = packet.properties.subscription_identifier
-        reasons = [self._subscription_refusal(s.filter) for s in packet.subscriptions]
-        granted, retained = self._broker.subscribe(
-            session,
-            [
-                (s.filter, s.qos, s.no_local | s.retain_as_published << 1 | s.retain_handling << 2, identifier)
-                for s, reason in zip(packet.subscriptions, reasons, strict=True)
-                if reason is None
-            ],
-        )
-        grants = iter(granted)
-        codes = [next(grants) if reason is None else reason for reason in reasons]
+        codes: list[int] = []
+        retained: list[str] = []
+        asked: list[tuple[int, tuple[str, int, int, int | None]]] = []  # and which code it will be
+        starts: list[dict[str, int]] = []
+        for some in _portions(packet.subscriptions):
+            for s in some:
+                reason = self._subscription_refusal(s.filter)
+                if reason is None:
+                    options = s.no_local | s.retain_as_published << 1 | s.retain_handling << 2
+                    asked.append((len(codes), (s.filter, s.qos, options, identifier)))
+                    starts += self._broker.starts(session, (s.filter,))
+                codes.append(reason or 0)
+            yield
+        for at, few in enumerate(_portions(asked)):
+            if self._session is not session:
+                return
+            requests = [request for _, request in few]
+            granted, give = self._broker.subscribe(session, requests, starts[at * AT_ONCE : (at + 1) * AT_ONCE])
+            for (place, _), code in zip(few, granted, strict=True):
+                codes[place] = code
+            retained += give
+            yield
+        # Not before the subscription is on disk: a power cut must not take what was promised.
+        self._journal.wait(self, lambda: self._subscribed(session, packet, codes, retained))
 
-        def answer() -> None:
-            if self._session is session and self._broker.owe_retained(session, retained):
-                self._journal.wait(self, acknowledge)
-            else:
-                acknowledge()
+    def _subscribed(self, session: Session, packet: Subscribe, codes: list[int], retained: list[str]) -> None:
+        if self._session is not session:
+            return
+        wild = sum("+" in each or "#" in each for each in retained)
+        count = len(retained) + wild * len(self._broker.retained) // AT_ONCE
+        with self._turns.charging(self.account):
+            self._begin(self._giving(session, packet, codes, retained), at_once=count <= AT_ONCE and self._turns.ready)
+        self._enter()
+
+    def _giving(self, session: Session, packet: Subscribe, codes: list[int], retained: list[str]) -> Iterator[None]:
+        """Have the session owed what is retained for its new subscriptions, then acknowledge them."""
+        waits = False
+        for more in self._broker.owing(session, retained):
+            waits = waits or more
+            yield
+            if self._session is not session:
+                return
 
         def acknowledge() -> None:
             self._conn.suback(packet, codes)
@@ -723,8 +847,31 @@ class Client(asyncio.Protocol):
                 self._listener.send_sys(self, granted)
                 self._broker.pump(session)
 
-        # Not before the subscription is on disk: a power cut must not take what was promised.
-        self._journal.wait(self, answer)
+        def acknowledge_then() -> None:
+            with self._turns.charging(self.account):
+                acknowledge()
+
+        if waits:
+            self._journal.wait(self, acknowledge_then)
+        else:
+            acknowledge()
+
+    def _unsubscribing(self, packet: Unsubscribe) -> Iterator[None]:
+        session = self._session
+        assert session is not None
+        codes: list[int] = []
+        for some in _portions(packet.filters):
+            if self._session is not session:
+                return
+            found = self._broker.unsubscribe(session, some)
+            if self._conn.version == V5:
+                found = [
+                    Reason.TOPIC_FILTER_INVALID if _ill_formed(filter_) else code
+                    for filter_, code in zip(some, found, strict=True)
+                ]
+            codes += found
+            yield
+        self._journal.wait(self, lambda: self._conn.unsuback(packet, codes))
 
     # ------------------------------------------------------------------ $SYS
 
@@ -846,15 +993,18 @@ class Client(asyncio.Protocol):
 
     def flush(self) -> None:
         transport = self._transport
-        if transport is None:
+        if transport is None or self._ending:
             return
         data = self._conn.data_to_send()
         if data and not transport.is_closing():
             transport.write(data)
         if self._conn.closing:
-            if not transport.is_closing():
-                if self._paused:
-                    transport.resume_reading()  # for the peer's own goodbye, which is all that is looked at now
+            self._ending = True
+            if transport.is_closing():
+                return
+            if (data or transport.can_write_eof()) and not (self._parted or self._listener.stopping):
+                self._slices.last_words()
+            else:
                 # What is written still goes out; a peer that does not read it is cut off after a while.
                 transport.close()
                 self._loop.call_later(CLOSE_WAIT_S, transport.abort)
@@ -869,25 +1019,23 @@ class Client(asyncio.Protocol):
 
     def _tick(self) -> None:
         self._timer = None
-        self._take(self._conn.tick(self._loop.time()))
+        if not self._errands:  # else it was not read from, so nothing can be said of its silence
+            self._take(self._conn.tick(self._loop.time()))
         if self._timer is None and not self._conn.closing and self._transport is not None:
             self._set_timer()
 
     def _pause(self) -> None:
         if not self._paused and self._transport is not None and not self._transport.is_closing():
             self._paused = True
-            self._transport.pause_reading()
+            self._slices.hold()
 
     def _resume(self) -> None:
-        if self._paused and not (self._held or self._deaf or self._conn.awaiting_verdict or self._unread):
-            if self._rest:
-                if not self._going_on:
-                    self._going_on = True
-                    self._loop.call_later(self._took_s, self._go_on)  # as long as it took, others have the loop
+        if self._paused and not self._blocked:
+            if self._errands or self._conn.waiting:
+                self._wait()
                 return
             self._paused = False
-            if self._transport is not None and not self._transport.is_closing():
-                self._transport.resume_reading()
+            self._slices.release()
 
     def _who(self, **fields: Any) -> dict[str, Any]:
         return {"client": self._conn.client_id, "peer": self.peer} | fields
@@ -915,6 +1063,10 @@ def _ill_formed(filter: str) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _portions(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    return (items[at : at + AT_ONCE] for at in range(0, len(items), AT_ONCE))
 
 
 def _run_of(messages: list[Published], at: int) -> list[Published]:

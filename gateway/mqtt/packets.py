@@ -288,9 +288,12 @@ class Subscription:
 
 @dataclass(frozen=True, slots=True)
 class Subscribe:
+    """`surplus`: how many more a peer asked for that nobody will be given; they are the last ones."""
+
     packet_id: int
     subscriptions: tuple[Subscription, ...]
     properties: SubscribeProperties = SubscribeProperties()
+    surplus: int = 0
 
 
 @dataclass(frozen=True, slots=True)

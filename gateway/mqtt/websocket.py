@@ -106,6 +106,7 @@ class WebSocketServer:
         self._frames: Connection
         self._out = bytearray()
         self._pong: bytes | bytearray | None = None
+        self.frames = 0  # that came so far
 
     # -------- the peer's side
 
@@ -214,6 +215,7 @@ class WebSocketServer:
         payload: list[bytes | bytearray] = []
         ending: Closed | None = None
         for event in self._frames.events():
+            self.frames += 1
             if isinstance(event, BytesMessage):
                 payload.append(event.data)
             elif isinstance(event, Ping):

@@ -11,9 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.mqtt.websocket import Closed, Event, Opened, Received, Refused, Rules, State, WebSocketServer
-from gateway.transports import CLOSE_S, Handshakes, peer_name
+from gateway.slices import Looked, Slices
+from gateway.transports import CLOSE_S, Handshakes, peer_name, source_of
 
 log = logging.getLogger("lineside.mqtt")
+
+PACKET_BYTES = 4  # no message is smaller
 
 
 class WebSocketProtocol(asyncio.Protocol):
@@ -29,7 +32,11 @@ class WebSocketProtocol(asyncio.Protocol):
         self._outer: WebSocketTransport
         self._core: WebSocketServer
         self._congested = False
+        self._broken = False  # the peer broke the protocol
+        self._ending = False  # we have said all we had to say
         self._peer = "?"
+        self._turns = handshakes.turns
+        self._slices: Slices
 
     # -------- asyncio's side
 
@@ -37,13 +44,29 @@ class WebSocketProtocol(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._peer = peer_name(transport)
         self._core = WebSocketServer(self._rules, self._loop.time())
+        account = self._turns.account(source_of(self._peer)[0])
+        self._slices = Slices(self._turns, account, transport, self._look)
         self._outer = WebSocketTransport(self, transport)
         if self._handshakes.begin(transport, self._peer):
             self._set_timer()
 
     def data_received(self, data: bytes) -> None:
-        self._act(self._core.receive(data, self._loop.time()))
+        self._slices.feed(data)
+
+    def _look(self, data: bytes) -> Looked:
+        """The handshake is dear, and so are frames with hardly anything in them. The inner protocol sees to itself."""
+        before = self._core.frames
+        events = self._core.receive(data, self._loop.time())
+        size = sum(len(event.data) for event in events if isinstance(event, Received))
+        self._broken = any(isinstance(e, Refused) or (isinstance(e, Closed) and not e.clean) for e in events)
+        began = self._turns.cpu()
+        self._act(events)
+        acting_s = self._turns.cpu() - began
         self._flush()
+        dear = max(0, self._core.frames - before - size // PACKET_BYTES)
+        if dear or not size:
+            dear += 1
+        return Looked(dear, size / PACKET_BYTES, False, acting_s)
 
     def pause_writing(self) -> None:
         self._congested = True
@@ -57,6 +80,9 @@ class WebSocketProtocol(asyncio.Protocol):
         self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        rest = self._slices.end()
+        if rest:
+            self._act(self._core.receive(rest, self._loop.time()))
         self._handshakes.end(self._outer.below)
         if self._timer is not None:
             self._timer.cancel()
@@ -72,13 +98,17 @@ class WebSocketProtocol(asyncio.Protocol):
             self._core.send(data)
             self._flush()
 
+    def hold(self) -> None:
+        self._slices.hold()
+
+    def release(self) -> None:
+        self._slices.release()
+
     def close(self) -> None:
         """Say Close; the connection goes with the peer's answer, or without it after CLOSE_WAIT_S."""
         self._core.close(self._loop.time())
         self._set_timer()
-        below = self._outer.below
-        if not below.is_closing():
-            below.resume_reading()  # the answer comes behind whatever the inner protocol did not want to read
+        self._slices.release()  # the answer comes behind whatever the inner protocol did not want to read
         self._flush()
 
     @property
@@ -108,16 +138,20 @@ class WebSocketProtocol(asyncio.Protocol):
 
     def _flush(self) -> None:
         below = self._outer.below
-        if below.is_closing():
+        if below.is_closing() or self._ending:
             return
         data = self._core.data_to_send(congested=self._congested)
         if data:
             below.write(data)
         if self._core.state is State.CLOSED:
-            below.close()
-            # What a peer that reads nothing has not taken by then is given up.
+            self._ending = True
             self._stop_timer()
-            self._timer = self._loop.call_later(CLOSE_S, below.abort)
+            if self._broken:
+                self._slices.last_words()
+            else:
+                below.close()
+                # What a peer that reads nothing has not taken by then is given up.
+                self._timer = self._loop.call_later(CLOSE_S, below.abort)
 
     def _set_timer(self) -> None:
         self._stop_timer()
@@ -155,6 +189,13 @@ class WebSocketTransport(asyncio.Transport):
     def abort(self) -> None:
         self.below.abort()
 
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        """Close says the same, and what the peer sends until it answers is thrown away (RFC 6455, 1.4)."""
+        self.close()
+
     def is_closing(self) -> bool:
         return self._protocol.closing or self.below.is_closing()
 
@@ -162,10 +203,10 @@ class WebSocketTransport(asyncio.Transport):
         return self.below.is_reading()
 
     def pause_reading(self) -> None:
-        self.below.pause_reading()
+        self._protocol.hold()
 
     def resume_reading(self) -> None:
-        self.below.resume_reading()
+        self._protocol.release()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self.below.set_write_buffer_limits(high, low)

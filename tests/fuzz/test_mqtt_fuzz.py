@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,8 +133,11 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in pairwise(places)]
 
 
-def meaning(pieces: list[bytes], *, open_as: int | None = None) -> list[object]:
-    """What the pieces mean, however they were grouped: messages and ids one by one, then bytes out, then the state."""
+def meaning(pieces: list[bytes], *, open_as: int | None = None, dear: Callable[[], int] | None = None) -> list[object]:
+    """What the pieces mean, however they were grouped: messages and ids one by one, then bytes out, then the state.
+
+    `dear`: how much of that may be done each time, until nothing is left of it.
+    """
     conn = ServerConnection(LIMITS)
     if open_as is not None:
         conn.receive(encode(Connect(open_as, "c"), open_as), 0.0)
@@ -158,7 +163,14 @@ def meaning(pieces: list[bytes], *, open_as: int | None = None) -> list[object]:
                     told.append(event)
 
     for piece in pieces:
+        if dear is not None:
+            conn.dear_left = dear()
         take(conn.receive(piece, 0.0))
+        if dear is not None and conn.waiting and dear():
+            take(conn.go_on(dear(), 0.0))
+    while conn.waiting:
+        assert dear is not None
+        take(conn.go_on(1 + dear(), 0.0))
     # The verdict comes last, so that what is held is the same in every split.
     if conn.state is State.AWAITING_VERDICT:
         take(conn.accept(False, assigned_client_id="auto"))
@@ -214,6 +226,17 @@ def test_a_whole_conversation_from_connect_means_the_same_in_any_split(
     stream = stream[: data.draw(st.integers(0, len(stream)))]
     cuts = data.draw(st.lists(st.integers(0, 3000), max_size=6))
     assert meaning(split(stream, cuts)) == meaning([stream])
+
+
+@given(damaged_traffic(), st.lists(st.integers(0, 400), max_size=4), st.randoms(use_true_random=False))
+@settings(max_examples=400, deadline=None)
+def test_what_waits_for_its_turn_means_the_same_when_it_comes(
+    traffic: tuple[int, bytes], cuts: list[int], chance: Random
+) -> None:
+    """However little is done at once of what is dear, and wherever more bytes come meanwhile."""
+    version, data = traffic
+    slow = meaning(split(data, cuts), open_as=version, dear=lambda: chance.randrange(4))
+    assert slow == meaning([data], open_as=version)
 
 
 @given(st.data(), versions)

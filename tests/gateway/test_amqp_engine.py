@@ -37,6 +37,7 @@ from gateway.amqp.events import (
 )
 from gateway.amqp.sasl import AMQP_HEADER, SaslClient, SaslServer
 from gateway.amqp.termini import Durability, Expiry, Terminus
+from tests import attacks
 
 NOW = 100.0
 E = TypeVar("E")
@@ -772,3 +773,27 @@ def test_a_message_that_ends_or_is_given_up_no_longer_counts_as_without_an_end()
     pair.run()
     assert server._partial_bytes == 0
     assert not pair.events(pair.server, Failed)
+
+
+def test_sessions_that_end_before_anybody_reads_that_have_an_end_too() -> None:
+    """Each holds its channel until its end is written. Without a free one proton falls silent, and goes on reading."""
+    engine = Engine(server=True, container="depot", sessions_max=8)
+    engine.receive(attacks.AMQP + attacks.open_frame("loco") + attacks.begin(), NOW)
+    engine.open()
+    engine.data_to_send()
+    pair = attacks.begin(1) + attacks.frame(attacks.END, channel=1)
+    for _ in range(3):  # as many as there are channels, and their ends are read each time
+        events = engine.receive(pair * 7, NOW)
+        assert [type(event) for event in events] == [SessionClosed] * 7
+        heard = attacks.Frames()
+        heard.feed(engine.data_to_send())
+        assert heard.count(attacks.END) == 7
+    events = engine.receive(pair * 1000, NOW)
+    assert [type(event) for event in events] == [SessionClosed] * 7 + [Failed]
+    failed = events[-1]
+    assert isinstance(failed, Failed)
+    assert failed.condition == RESOURCE_LIMIT_EXCEEDED
+    assert engine.receive(pair, NOW) == []
+    while engine.data_to_send():
+        pass
+    assert engine.finished

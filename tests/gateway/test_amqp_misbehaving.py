@@ -19,6 +19,7 @@ from gateway.amqp.message import encode
 from gateway.amqp.sasl import AMQP_HEADER, SaslClient
 from gateway.amqp.termini import Durability, Expiry, Terminus
 from gateway.control_client import request
+from tests import attacks
 from tests.daemon import WAIT_S, Daemon, free_port
 
 CONFIG = """
@@ -257,6 +258,35 @@ def test_more_sessions_than_channels_end_the_connection(gateway: Gateway, bad: A
     bad.socket.sendall(len(frame).to_bytes(4, "big") + frame[4:])
     bad.until(lambda: bad.over)
     gateway.others_keep_their_rate()
+
+
+def test_who_begins_and_ends_sessions_and_reads_nothing_is_ended(gateway: Gateway) -> None:
+    line = attacks.Line.amqp(gateway.amqp_port, reads=False)
+    many = b"".join(attacks.begin(n) + attacks.frame(attacks.END, channel=n) for n in range(1, 51))
+
+    def go_on() -> None:
+        for _ in range(20_000):
+            list(line.send(many))
+
+    with pytest.raises(ConnectionError):
+        go_on()
+    line.close()
+    gateway.others_keep_their_rate()
+
+
+def test_who_attaches_and_detaches_and_reads_nothing_is_not_read_any_more(gateway: Gateway) -> None:
+    line = attacks.Line.amqp(gateway.amqp_port, reads=False)
+    many = b"".join(attacks.attach(n, f"link-{n}", receiver=True) + attacks.detach(n) for n in range(50))
+    end = time.monotonic() + 2
+    blocked = 0
+    while time.monotonic() < end:
+        for _ in line.send(many):
+            blocked += 1
+            if time.monotonic() > end:
+                break
+    assert blocked > 5
+    gateway.others_keep_their_rate()
+    line.close()
 
 
 def test_a_receiver_that_never_grants_credit_holds_up_nobody(gateway: Gateway, bad: App) -> None:

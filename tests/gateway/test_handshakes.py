@@ -11,10 +11,11 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from gateway import transports
+from gateway.accepting import open_server
 from gateway.config_values import Listen
 from gateway.mqtt.websocket import Rules
 from gateway.mqtt.websocket_driver import WebSocketProtocol
-from gateway.transports import Handshakes, ServerTls, TlsFiles, open_server
+from gateway.transports import Handshakes, ServerTls, TlsFiles
 from security.tls import client_context
 from tests.pki import Pki
 from tests.websocket import BINARY, CLOSE, frame, frames, request

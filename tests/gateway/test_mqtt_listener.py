@@ -224,10 +224,12 @@ def test_a_client_too_many_is_told_so_and_the_next_has_the_place_that_comes_free
         assert isinstance(answer, Connack)
         assert answer.reason == reason
         assert await second.hear() is None
+        second.writer.close()
+        await second.writer.wait_closed()
         first.say(Disconnect())
         assert await first.hear() is None
         await bench.connect("third")
-        assert not bench.app._mqtt.surplus
+        assert not bench.app._mqtt.surplus  # the second's end came before
 
     play(tmp_path, story)
 

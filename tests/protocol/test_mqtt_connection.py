@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway.mqtt.codec import decode, encode, encode_properties, remaining_length
+from gateway.mqtt.codec import FILTERS_MAX, decode, encode, encode_properties, remaining_length
 from gateway.mqtt.connection import (
+    NO_LIMIT,
     RECEIVABLE,
     RETURN_CODE_3,
     TRANSITIONS,
@@ -849,3 +850,113 @@ def test_a_refusal_keeps_to_the_clients_packet_size() -> None:
     asked = ConnectProperties(maximum_packet_size=30, authentication_method="SCRAM-SHA-1")
     conn.receive(wire(V5, Connect(V5, "me", properties=asked)), 0.0)
     assert sent(conn) == [Connack(False, Reason.BAD_AUTHENTICATION_METHOD)]
+
+
+# --------------------------------------------------------------------------------------------- what waits for its turn
+def opened_with(version: int, dear: int, limits: Limits | None = None) -> ServerConnection:
+    conn = opened(version, limits)
+    conn.dear_left = dear
+    return conn
+
+
+@BOTH
+def test_messages_are_taken_at_once_and_what_is_dear_waits_with_all_that_follows(version: int) -> None:
+    conn = opened_with(version, 1)
+    asked = Subscribe(7, (Subscription("a", 1),))
+    data = wire(version, Publish("t", b"1"), Pingreq(), Publish("t", b"2"), asked, Publish("t", b"3"))
+    events = conn.receive(data, 1.0)
+    assert [m[5] for m in messages(events)] == [b"1", b"2"]
+    assert sent(conn) == [Pingresp()]
+    assert conn.waiting
+    assert conn.receive(wire(version, Publish("t", b"4")), 2.0) == []
+    events = conn.go_on(5, 3.0)
+    assert events[0] == Subscribed(asked)
+    assert [m[5] for m in messages(events)] == [b"3", b"4"]
+    assert not conn.waiting
+
+
+@BOTH
+def test_a_message_to_be_retained_is_dear_and_keeps_its_place(version: int) -> None:
+    conn = opened_with(version, 1)
+    data = wire(version, *[Publish("t", b"%d" % n, 0, n % 2 == 1) for n in range(6)])
+    assert [m[5] for m in messages(conn.receive(data, 1.0))] == [b"0", b"1", b"2"]
+    assert [m[5] for m in messages(conn.go_on(1, 1.0))] == [b"3", b"4"]
+    assert [(m[2], m[5]) for m in messages(conn.go_on(1, 1.0))] == [(True, b"5")]
+    assert not conn.waiting
+
+
+@BOTH
+def test_a_subscribe_of_many_filters_is_read_in_several_turns_and_told_once(version: int) -> None:
+    conn = opened_with(version, 2, Limits(packet_max_bytes=1 << 20))
+    asked = Subscribe(7, tuple(Subscription(f"f/{n}") for n in range(100)))
+    told = conn.receive(wire(version, asked, Publish("t", b"behind")), 1.0)
+    turns = 0
+    while not told:
+        assert conn.waiting
+        told = conn.go_on(2, 1.0)
+        turns += 1
+    assert turns >= 2
+    assert told == [Subscribed(asked)]
+    # What it asks for is done before anything behind it is taken.
+    assert conn.waiting
+    assert [m[5] for m in messages(conn.go_on(2, 1.0))] == [b"behind"]
+
+
+@BOTH
+def test_filters_beyond_what_a_session_may_have_are_refused_and_take_no_memory(version: int) -> None:
+    conn = opened_with(version, NO_LIMIT, Limits(packet_max_bytes=1 << 20))
+    asked = Subscribe(7, tuple(Subscription(f"{n}") for n in range(FILTERS_MAX + 5)))
+    (told,) = conn.receive(wire(version, asked), 1.0)
+    assert isinstance(told, Subscribed)
+    assert (told.packet.subscriptions, told.packet.surplus) == (asked.subscriptions[:FILTERS_MAX], 5)
+    conn.suback(told.packet, [0] * FILTERS_MAX)
+    (answer,) = sent(conn)
+    assert isinstance(answer, Suback)
+    refused = Reason.QUOTA_EXCEEDED if version == V5 else 0x80
+    assert answer.reasons == (0,) * FILTERS_MAX + (refused,) * 5
+
+
+@BOTH
+def test_an_ill_formed_filter_far_behind_closes_the_connection_and_nothing_was_subscribed(version: int) -> None:
+    conn = opened_with(version, 1, Limits(packet_max_bytes=1 << 20))
+    body = wire(version, Subscribe(7, tuple(Subscription(f"f/{n}") for n in range(100))))
+    assert conn.receive(body[:-1] + b"\x03", 1.0) == []  # QoS 3
+    told: list[Event] = []
+    while conn.waiting:
+        told += conn.go_on(1, 1.0)
+    assert failure(told) is Reason.MALFORMED_PACKET
+    assert len(told) == 1
+
+
+@BOTH
+def test_who_waits_is_not_silent(version: int) -> None:
+    conn = opened(version, connect=Connect(version, "c", keep_alive=10))
+    conn.dear_left = 0
+    conn.receive(wire(version, Pingreq()), 1.0)
+    assert conn.deadline(100.0) is None
+    assert conn.tick(100.0) == []
+    conn.go_on(1, 100.0)
+    assert sent(conn) == [Pingresp()]
+    assert conn.deadline(100.0) == 115.0
+
+
+def test_connect_waits_for_its_turn_too() -> None:
+    conn = ServerConnection(Limits())
+    conn.dear_left = 0
+    asked = Connect(V5, "c")
+    assert conn.receive(wire(V5, asked, Pingreq()), 1.0) == []
+    assert conn.waiting
+    assert conn.go_on(1, 2.0) == [Connected(asked)]
+    assert conn.accept(False) == []
+    assert conn.waiting
+    conn.go_on(1, 3.0)
+    assert sent(conn)[1:] == [Pingresp()]
+
+
+@BOTH
+def test_nothing_waits_any_more_once_the_connection_is_over(version: int) -> None:
+    conn = opened_with(version, 0)
+    conn.receive(wire(version, Pingreq(), Publish("t", b"lost")), 1.0)
+    conn.disconnect(Reason.SERVER_SHUTTING_DOWN)
+    assert not conn.waiting
+    assert conn.go_on(10, 1.0) == []

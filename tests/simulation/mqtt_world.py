@@ -22,6 +22,7 @@ from gateway.mqtt import listener
 from gateway.mqtt.codec import decode_body, encode, remaining_length
 from gateway.mqtt.connection import Limits
 from gateway.mqtt.packets import Packet
+from gateway.turns import Turns
 from storeforward import space
 from storeforward.errors import JournalError, JournalFull
 from storeforward.journal import Journal
@@ -163,6 +164,13 @@ class Wire(asyncio.Transport):
     def abort(self) -> None:
         self.close()
 
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        """The client ends its side as soon as it hears that."""
+        self.close()
+
     # the client's side
 
     def send(self, packet: Packet) -> None:
@@ -215,7 +223,8 @@ class World:
         self.broker = Broker(CONFIGURED, self.journal)
         self.broker.schedule = lambda delay_s: None if delay_s > 60 else self._due_in(delay_s)
         limits = Limits(receive_maximum=RECEIVE_MAXIMUM, send_window_max=SEND_WINDOW)
-        self.listener = listener.MqttListener(self.broker, self, limits, 100, 30 * 86400)
+        turns = Turns(self.loop, lambda: 0.0, lambda: 0.0)  # type: ignore[arg-type]
+        self.listener = listener.MqttListener(self.broker, self, limits, 100, 30 * 86400, turns)
 
     def _due_in(self, delay_s: float) -> None:
         self.loop.call_later(delay_s + 0.001, self.broker.run_due)

@@ -1,0 +1,192 @@
+"""What an MQTT client asks for while it has to wait for its turn: all of it is done, in order, also if it is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.mqtt.codec import FILTERS_MAX, decode_body, encode, remaining_length
+from gateway.mqtt.packets import (
+    V5,
+    Connect,
+    Disconnect,
+    Packet,
+    Pingreq,
+    Pingresp,
+    Puback,
+    Publish,
+    Suback,
+    Subscribe,
+    Subscription,
+    Unsuback,
+    Unsubscribe,
+    Will,
+)
+from gateway.sessions import Session
+from gateway.turns import Turns, Waiting
+from tests import attacks
+from tests.gateway.test_fairness import filters, speaks
+from tests.own_time import App, Gateway
+
+FLOODS = 5
+
+
+class Client:
+    """Says packets of 5.0, and keeps what it hears."""
+
+    def __init__(self, gateway: Gateway, connect: Connect) -> None:
+        self.heard: list[Packet] = []
+        self._rest = b""
+        self.pipe = gateway.connect(heard=self._hear)
+        self.say(connect)
+
+    def say(self, *packets: Packet) -> None:
+        self.pipe.send(b"".join(encode(packet, V5) for packet in packets))
+
+    def _hear(self, data: bytes) -> None:
+        data = self._rest + data
+        while (framed := remaining_length(data, 0)) is not None and sum(framed) <= len(data):
+            size, begin = framed
+            self.heard.append(decode_body(data[0], data[begin : begin + size], V5))
+            data = data[begin + size :]
+        self._rest = data
+
+    def of(self, kind: type[Packet]) -> list[Packet]:
+        return [packet for packet in self.heard if isinstance(packet, kind)]
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[Gateway]:
+    gateway = Gateway(tmp_path)
+    yield gateway
+    gateway.close()
+
+
+@pytest.fixture
+def busy(gateway: Gateway) -> Gateway:
+    """One app publishes all the time, and others ask for as many subscriptions as they can."""
+    App(gateway)
+    for n in range(FLOODS):
+        speaks(b"flood-%d" % n, lambda n: attacks.subscribe(filters(n)))(gateway)
+    gateway.live(0.3)
+    assert gateway.turns.waiting
+    return gateway
+
+
+def until(gateway: Gateway, condition: Callable[[], object], seconds_max: float = 10.0) -> None:
+    end_s = gateway.loop.time() + seconds_max
+    while not condition():
+        assert gateway.loop.time() < end_s, "it never comes to this"
+        gateway.live(0.01)
+
+
+def test_all_of_a_large_subscribe_is_answered_and_none_beyond_the_limit_is_granted(gateway: Gateway) -> None:
+    App(gateway)
+    client = Client(gateway, Connect(V5, "many"))
+    wanted = tuple(Subscription(f"many/{n}", n % 3) for n in range(FILTERS_MAX + 50))
+    client.say(Subscribe(7, wanted), Publish("train/behind", b"x", 1, packet_id=9))
+    until(gateway, lambda: client.of(Puback) and client.of(Suback), 10.0)
+    (answer,) = client.of(Suback)
+    assert isinstance(answer, Suback)
+    assert answer.reasons == tuple(s.qos for s in wanted[:FILTERS_MAX]) + (0x97,) * 50
+    assert len(gateway.broker.sessions["many"].subscriptions) == FILTERS_MAX
+
+
+def test_what_is_said_in_one_breath_is_done_in_that_order(busy: Gateway) -> None:
+    client = Client(busy, Connect(V5, "quick"))
+    client.say(
+        Subscribe(1, tuple(Subscription(f"quick/{n}", 1) for n in range(100))),
+        Unsubscribe(2, tuple(f"quick/{n}" for n in range(99))),
+        Publish("quick/0", b"not mine", 1, packet_id=3),
+        Publish("quick/99", b"mine", 1, packet_id=4),
+        Pingreq(),
+    )
+    until(busy, lambda: client.of(Pingresp) and client.of(Publish) and len(client.of(Puback)) == 2)
+    assert len(client.of(Suback)) == len(client.of(Unsuback)) == 1
+    assert [p.payload for p in client.of(Publish) if isinstance(p, Publish)] == [b"mine"]
+
+
+def test_retained_messages_come_before_what_is_newer_each_once_and_in_order(busy: Gateway) -> None:
+    speaker, reader = Client(busy, Connect(V5, "speaker")), Client(busy, Connect(V5, "reader"))
+    speaker.say(*[Publish(f"kept/{n:03}", b"old", 1, True, packet_id=n + 1) for n in range(300)])
+    until(busy, lambda: len(speaker.of(Puback)) == 300)
+    reader.say(Subscribe(1, (Subscription("kept/#", 0),)))
+    until(busy, lambda: reader.of(Suback))
+    speaker.say(Publish("kept/new", b"new", 1, packet_id=999))
+    until(busy, lambda: len(reader.of(Publish)) > 300)
+    busy.live(0.1)
+    got = [(p.topic, p.payload, p.retain) for p in reader.of(Publish) if isinstance(p, Publish)]
+    assert got == [(f"kept/{n:03}", b"old", True) for n in range(300)] + [("kept/new", b"new", False)]
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_what_came_before_the_end_counts_and_so_does_a_goodbye(busy: Gateway, goodbye: bool) -> None:
+    """The connection is gone while it waits; a client that said DISCONNECT has not died."""
+    watcher = Client(busy, Connect(V5, "watcher"))
+    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
+    until(busy, lambda: watcher.of(Suback))
+    client = Client(busy, Connect(V5, "mortal", will=Will("will/mortal", b"dead", 1, False)))
+    until(busy, lambda: "mortal" in busy.broker.wills)
+    before = busy.mqtt.clients
+    last = [Disconnect()] if goodbye else []
+    client.say(Subscribe(1, tuple(Subscription(f"f/{n}") for n in range(300))), Publish("said/last", b"x"), *last)
+    busy.live(0.001)
+    client.pipe.close()
+    until(busy, lambda: "mortal" not in busy.broker.sessions)
+    until(busy, lambda: watcher.of(Publish))
+    busy.live(0.1)
+    assert client.pipe._protocol not in before
+    topics = [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
+    assert topics == (["said/last"] if goodbye else ["said/last", "will/mortal"])
+
+
+def test_who_waits_for_its_turn_is_not_taken_for_silent(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client(gateway, Connect(V5, "brisk", keep_alive=1))
+    until(gateway, lambda: client.heard)
+    waiting: list[Waiting] = []
+    monkeypatch.setattr(Turns, "ready", False)
+    monkeypatch.setattr(Turns, "over", False)
+    monkeypatch.setattr(gateway.turns, "enter", waiting.append)
+    client.say(Subscribe(1, tuple(Subscription(f"brisk/{n}") for n in range(100))), Pingreq())
+    gateway.live(10.0)
+    while waiting:
+        assert not client.of(Disconnect)
+        waiting.pop(0).turn()
+        gateway.live(2.0)
+    assert [type(packet) for packet in client.heard[1:3]] in ([Suback, Pingresp], [Pingresp, Suback])
+    gateway.live(2.0)
+    assert client.of(Disconnect)  # now it was silent
+
+
+def test_the_same_client_coming_again_ends_what_the_old_connection_still_waited_for(busy: Gateway) -> None:
+    first = Client(busy, Connect(V5, "twice"))
+    first.say(Subscribe(1, tuple(Subscription(f"twice/{n}") for n in range(2000))))
+    busy.live(0.001)
+    second = Client(busy, Connect(V5, "twice"))
+    second.say(Subscribe(2, (Subscription("only", 1),)))
+    until(busy, lambda: second.of(Suback))
+    busy.live(0.3)
+    assert not first.of(Suback)
+    assert list(busy.broker.sessions["twice"].subscriptions) == ["only"]
+
+
+def test_our_own_mistake_in_a_turn_ends_that_client_only_and_its_session_knows(
+    busy: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, other = Client(busy, Connect(V5, "unlucky")), Client(busy, Connect(V5, "other"))
+    until(busy, lambda: client.heard and other.heard)
+    real = busy.broker.starts
+
+    def starts(session: Session, filters: Iterable[str]) -> list[dict[str, int]]:
+        if session.client_id == "unlucky":
+            raise ValueError("our own mistake")
+        return real(session, filters)
+
+    monkeypatch.setattr(busy.broker, "starts", starts)
+    for each in (client, other):
+        each.say(Subscribe(1, tuple(Subscription(f"f/{n}") for n in range(100))))
+    until(busy, lambda: other.of(Suback))
+    until(busy, lambda: client.pipe.closing)
+    until(busy, lambda: "unlucky" not in busy.broker.sessions)
