@@ -56,17 +56,20 @@ class Helpings:
         self._number = 0
         self._least: list[tuple[float, object]] = []  # the least of that, and the next; empty: not known yet
         self._commit_s = 0.0
+        self._anybody_s = HELPING_S  # so much everybody may take of the next one, whoever it is
         self._waiting: dict[object, tuple[Callable[[], None], asyncio.Handle]] = {}
         self._serving = False
 
-    def large(self, who: object, seconds: float) -> bool:
-        """Whether so much more is more than everybody may have: then see what `left_s` says."""
-        return seconds > SMALL_S and seconds + self._filling.get(who, 0.0) > HELPING_S
+    def fits(self, who: object, seconds: float) -> bool:
+        """Whether `who` may take all of that into the next commit; a trifle always does. HOT: tests/bench, intake"""
+        filling = self._under_way if self.journal.under_way is None else self._pending
+        taken_s = seconds + filling.get(who, 0.0)
+        return taken_s <= self._anybody_s or seconds <= SMALL_S or taken_s <= self._allowed_s(who)
 
     def took(self, who: object, seconds: float) -> None:
         """Messages of `who` were staged, which took so long."""
-        taken = self._filling  # HOT: tests/bench, intake
-        taken[who] = taken.get(who, 0.0) + seconds
+        filling = self._under_way if self.journal.under_way is None else self._pending  # HOT: tests/bench, intake
+        filling[who] = filling.get(who, 0.0) + seconds
         if self._waiting and not self._serving:
             self._serving = True
             try:
@@ -87,11 +90,16 @@ class Helpings:
 
     def left_s(self, who: object) -> float:
         """What `who` may still take into the next commit."""
-        if not self.others(who):
+        allowed_s = self._allowed_s(who)
+        if allowed_s == math.inf:
             return math.inf
-        allowed_s = max(HELPING_S, 2 * self._least_of_others(who), self._commit_s / 2)
         left_s = allowed_s - self._filling.get(who, 0.0)
         return left_s if left_s > allowed_s * CRUMB else 0.0
+
+    def _allowed_s(self, who: object) -> float:
+        if not self.others(who):
+            return math.inf
+        return max(HELPING_S, 2 * self._least_of_others(who), self._commit_s / 2)
 
     def _least_of_others(self, who: object) -> float:
         if not self._least:
@@ -124,6 +132,8 @@ class Helpings:
             oldest = self._number - REMEMBERED
             needs = self._needs = {who: need for who, need in needs.items() if need[1] > oldest}
         self._least = []
+        least_s = min([need[0] for need in needs.values()], default=0.0)
+        self._anybody_s = max(HELPING_S, 2 * least_s, commit_s / 2)
         if self._waiting:
             self._expect(taken, max(ABOUT_S, commit_s * ABOUT_SHARE))
 

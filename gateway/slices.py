@@ -83,7 +83,7 @@ class Slices:
                 self.abort()
         elif self._rest or self._waits or self._held or self._looking:
             self._rest += data
-        elif self._dear or len(data) > self._bytes_max or self._helpings.large(self, len(data) * self._byte_s):
+        elif self._dear or len(data) > self._bytes_max or not self._helpings.fits(self, len(data) * self._byte_s):
             self._rest = data
             self._go_on()
         else:  # HOT: tests/bench, intake

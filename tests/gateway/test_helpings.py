@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gateway.helpings import ABOUT_S, HELPING_S, LOST_S, REMEMBERED, Helpings
+from gateway.helpings import ABOUT_S, HELPING_S, LOST_S, REMEMBERED, SMALL_S, Helpings
 from tests.hand_loop import HandLoop
 
 COMMIT_S = 0.0003
@@ -67,6 +67,19 @@ def test_beside_an_app_that_waits_nobody_takes_more_than_twice_of_what_it_needs(
     assert bench.helpings.left_s(EAGER) == pytest.approx(0.0008)
     bench.took(EAGER, 0.0005)
     assert bench.helpings.left_s(EAGER) == 0.0  # crumbs are not worth a turn
+
+
+def test_what_is_more_than_that_does_not_fit_and_a_trifle_always_does(bench: Bench) -> None:
+    assert bench.helpings.fits(EAGER, 5.0)
+    for _ in range(3):
+        bench.took(PATIENT, 0.001)
+        bench.took(EAGER, 0.002)
+        bench.commit()
+    assert bench.helpings.fits(EAGER, 0.002)
+    assert not bench.helpings.fits(EAGER, 0.0021)
+    bench.took(EAGER, 0.0015)
+    assert not bench.helpings.fits(EAGER, 0.001)
+    assert bench.helpings.fits(EAGER, SMALL_S)
 
 
 def test_those_who_take_alike_never_meet_the_limit(bench: Bench) -> None:
