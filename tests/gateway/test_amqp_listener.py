@@ -35,7 +35,7 @@ from storeforward.errors import JournalError
 from storeforward.journal import Journal
 from tests.pki import Pki
 
-WAIT_S = 10.0
+WAIT_S = 40.0
 PASSWORDS = 'password_file = "passwords"'
 CONFIG = """
 [gateway]

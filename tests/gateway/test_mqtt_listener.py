@@ -35,7 +35,7 @@ from gateway.mqtt.packets import (
 )
 from gateway.notify import Notifier
 
-WAIT_S = 10.0
+WAIT_S = 40.0
 CONFIG = """
 [gateway]
 id = "loco"

@@ -23,7 +23,7 @@ from gateway.simulate.scenario import Step
 from tests import parts
 
 HOST = "127.0.0.1"
-WAIT_S = 10.0
+WAIT_S = 40.0
 
 
 class Echo:
