@@ -46,9 +46,9 @@ from gateway.amqp.termini import Durability, Expiry, Terminus
 from gateway.broker import Broker
 from gateway.groups import Group
 from gateway.routing import Route
+from gateway.throttle import Throttle
 from security.rules import Action, Identity
 from storeforward.batch import Batch
-from storeforward.errors import JournalFull
 from storeforward.streams import COLUMNS
 
 log = logging.getLogger("lineside.amqp")
@@ -273,13 +273,13 @@ class Peer:
         self._retry: asyncio.TimerHandle | None = None
         self._resend: asyncio.TimerHandle | None = None
         self._handshake: asyncio.TimerHandle | None = None
-        self._paused = False
         self._outgoing: dict[Sender, Outgoing] = {}
         self._incoming: dict[Receiver, Incoming] = {}
         self._replies: dict[Sender | Receiver, str] = {}
         self._routes: dict[str, tuple[Route, Stamp]] = {}
         self.address = "?"
         self.protocol: AmqpProtocol
+        self._throttle: Throttle
 
     # ------------------------------------------------------------------ the connection
 
@@ -300,6 +300,7 @@ class Peer:
 
     def ready(self, protocol: AmqpProtocol) -> None:
         self.protocol = protocol
+        self._throttle = Throttle(self._journal, protocol)
         protocol.on_resumed = self._resumed
         self._listener.peers[self] = None
         if len(self._listener.peers) > self._listener.connections_max:
@@ -424,19 +425,7 @@ class Peer:
         incoming.deliveries(batch)
         self._listener.received += incoming.received - before
         self._watch_held()
-        if self._journal.pending.size_bytes > self._journal.space.pending_bytes and not self._paused:
-            # The disk is slower than this app: read no more until what there is has been written.
-            self._paused = True
-            self.protocol.pause_reading()
-            self._journal.wait(self, None)
-
-    def committed(self, tokens: list[None]) -> None:
-        """The journal's side (Waiter) of the pause."""
-        self._paused = False
-        self.protocol.resume_reading()
-
-    def failed(self, tokens: list[None], error: JournalFull) -> None:
-        self.committed(tokens)
+        self._throttle.look()
 
     def _resolve(self, topic: str) -> tuple[Route, Stamp]:
         """Where a message for this topic goes; asked once a topic and connection."""

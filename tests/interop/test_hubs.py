@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.amqp.message import encode
 from gateway.faultlink import Line
 from tests import parts
 from tests.interop import harness
@@ -24,6 +25,8 @@ OUTBOUND, INBOUND, KILLED = 20_000, 10_000, 10_000
 WINDOW, MQTT_WINDOW = 1000, 200
 CUTS = 3
 DARK_S = 0.7
+MAPS = 300
+RSS_BYTES_MAX = 120 << 20
 
 CONFIG = """
 [gateway]
@@ -49,6 +52,12 @@ stream = "commands"
 hub = "centre"
 address = "{into}"
 topic = "commands/{{subject}}"
+[[inbound]]
+stream = "maps"
+hub = "centre"
+address = "{into}.maps"
+topic = "maps/{{subject}}"
+max_bytes = "1MiB"
 """
 
 _numbers = itertools.count()
@@ -165,6 +174,25 @@ def test_what_the_hub_holds_reaches_a_local_subscriber_once_through_three_cuts(r
         harness.wait_until(lambda: len(subscriber.arrived) >= INBOUND, 80, "all commands")
         time.sleep(0.5)
     assert harness.Tally.of(subscriber.arrived, INBOUND) == harness.Tally(0, 0, 0)
+
+
+@pytest.mark.timeout(240)
+def test_more_than_a_stream_has_room_for_stays_at_the_hub_and_comes_once_in_order_when_there_is(rig: Rig) -> None:
+    maps = [encode(b"%-250000d" % n, message_id=f"map-{n}", subject="line") for n in range(MAPS)]
+    rig.loop.run(harness.put(rig.hub.port, f"{rig.into}.maps", maps, durable=rig.durable))
+    harness.wait_until(
+        lambda: any("maps is full" in note for note in rig.daemon.notes()), 60, "word of the full stream"
+    )
+    rss = rig.daemon.status()["rss_bytes"]
+    assert rss < RSS_BYTES_MAX, "of what the hub may send ahead, no more is held than is said"
+    rig.fill(10)
+    subscriber = harness.Subscriber(rig.mqtt_port, "maps/#")
+    with harness.closing(subscriber):
+        harness.wait_until(lambda: len(subscriber.arrived) >= MAPS, 80, "all maps")
+        time.sleep(0.5)
+    assert harness.Tally.of(subscriber.arrived, MAPS) == harness.Tally(0, 0, 0)
+    assert rig.daemon.waiting("commands") == 10, "the other streams had nothing of it"
+    assert not rig.daemon.notes()
 
 
 @pytest.mark.timeout(240)
