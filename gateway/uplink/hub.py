@@ -87,7 +87,7 @@ class _Way:
         drain = self.drain
         if self.handed_back:
             address = self.config.address_for(gateway)
-            return f"{address}: stream {self.stream.name} is full: the hub keeps what it has for it"
+            return f"{address}: no room for stream {self.stream.name}: the hub keeps what it has for it"
         if drain is not None and drain.held_back:
             return f"{self.config.address_for(gateway)}: the hub gives no credit: no room there, or it holds senders up"
         if drain is None or not drain.given_back:
@@ -539,7 +539,7 @@ class HubLink:
             self._throttle.pause()
             return
         log.warning(
-            "stream is full; its messages stay at the hub until there is room",
+            "no room for a stream; its messages stay at the hub until there is",
             extra={"hub": self.hub.name, "address": way.config.address_for(self.gateway), "stream": way.stream.name},
         )
         intake.link.session.close()

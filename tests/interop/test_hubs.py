@@ -181,7 +181,7 @@ def test_more_than_a_stream_has_room_for_stays_at_the_hub_and_comes_once_in_orde
     maps = [encode(b"%-250000d" % n, message_id=f"map-{n}", subject="line") for n in range(MAPS)]
     rig.loop.run(harness.put(rig.hub.port, f"{rig.into}.maps", maps, durable=rig.durable))
     harness.wait_until(
-        lambda: any("maps is full" in note for note in rig.daemon.notes()), 60, "word of the full stream"
+        lambda: any("no room for stream maps" in note for note in rig.daemon.notes()), 60, "word of the full stream"
     )
     rss = rig.daemon.status()["rss_bytes"]
     assert rss < RSS_BYTES_MAX, "of what the hub may send ahead, no more is held than is said"
