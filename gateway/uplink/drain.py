@@ -7,6 +7,7 @@ Knows no socket and reads no clock. Serves the uplink and, on a hub, the receive
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ BATCH_BYTES_MAX = 1 << 20
 # Of one link, where the line is shared out: what may be without an answer, though a single message may be larger.
 WINDOW_BYTES_MAX = 8 << 20
 RESEND_S_MIN, RESEND_S_MAX = 0.2, 10.0
+# How long a peer may work off what it got over a connection that is gone.
+WORKED_OFF_S = 10.0
 
 
 @dataclass(slots=True)
@@ -37,8 +40,8 @@ class Drain:
 
     shared: the line belongs to others, too. `wake` then sends nothing; `send` does when it is this stream's turn.
     gently: the peer drops what it has had, but may have it in its queue only later. Where it may still be working off
-    an earlier connection, one that repeats its messages could overtake it there. So they are repeated one, then two,
-    four ... at a time, each time once all before are settled; what the earlier one never sent follows in full windows.
+    an earlier connection, one that repeats its messages could overtake it there. So for WORKED_OFF_S they are repeated
+    one, then two, four ... at a time, each time once all before are settled; full windows of what is new follow.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Drain:
         # What an earlier connection may have sent without an answer ends here, that of an earlier process, too.
         self._again_end = min(cursor.position + window, stream.committed) if gently else 0
         self._again = 1  # how many of these may go at a time
+        self._sent_at = math.inf  # not known of an earlier process
         # Finished with though the cursor is not past them: accepted behind a release, buried, expired.
         self._done: set[int] = set()
         # Of what was read from the cursor on, the seqs that are no messages: from, and to behind the last.
@@ -86,6 +90,8 @@ class Drain:
         self._land(None)
         self._next = self.cursor.position
         self._again = 1
+        if now - self._sent_at > WORKED_OFF_S:
+            self._again_end = 0
         self._resend_from = None
         self._progress_at = now
 
@@ -303,6 +309,7 @@ class Drain:
                 continue
             if idle:
                 self._progress_at = now
+            self._sent_at = now
             if budget is None:
                 link.send(batch)
                 continue

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gateway.amqp.message import decode, encode
-from gateway.uplink.drain import RESEND_S_MAX, RESEND_S_MIN, WINDOW_BYTES_MAX, Drain
+from gateway.uplink.drain import RESEND_S_MAX, RESEND_S_MIN, WINDOW_BYTES_MAX, WORKED_OFF_S, Drain
 from storeforward.journal import Journal
 from storeforward.streams import Cursor, Stream
 from tests.wire import NOW, Wire
@@ -574,3 +574,12 @@ def test_a_hub_that_remembers_nothing_gets_a_window_at_once_after_a_cut(bench: B
     bench.wire.attach(100)
     bench.drain.attached(bench.wire.sender, NOW)
     assert bench.sent() == "abcdefg"
+
+
+def test_so_it_does_where_the_hub_has_had_the_time_to_work_it_off(bench: Bench) -> None:
+    bench.attach(gently=True).put(*"abcdefg")
+    bench.wake()
+    bench.drain.detached()
+    bench.wire.attach(100)
+    bench.drain.attached(bench.wire.sender, NOW + WORKED_OFF_S + 0.1)
+    assert bench.sent(NOW + WORKED_OFF_S + 0.1) == "abcdefg"
