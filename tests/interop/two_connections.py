@@ -218,7 +218,7 @@ def main() -> int:
     parser.add_argument("--starved", action="store_true", help="Artemis on one CPU, beside three busy loops")
     parser.add_argument("--dial", action="store_true", help="the second connection is made only after the cut")
     parser.add_argument("--first", choices=["oldest", "few"], help="wait for the oldest one's outcome; of ever more")
-    parser.add_argument("--growth", type=int, default=4)
+    parser.add_argument("--growth", type=int, default=2, help="by how much: 2 as Drain does")
     parser.add_argument("--frozen", action="store_true", help="Artemis is stopped until both have sent")
     parser.add_argument("--loops", type=int, default=3)
     parser.add_argument("--wait", type=float, default=0.0, help="seconds after the cut")
