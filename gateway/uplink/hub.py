@@ -22,6 +22,7 @@ from gateway.config import Hub, Inbound, Outbound
 from gateway.errors import PeerError
 from gateway.mqtt.topics import check_topic
 from gateway.replies import Inlet, Requests
+from gateway.routing import DUPLICATE_PROPERTY
 from gateway.throttle import Throttle
 from gateway.uplink.attempt import Attempt, HubTls
 from gateway.uplink.drain import Drain
@@ -135,7 +136,7 @@ class HubLink:
         )
         self._urls = {str(u): u for u in hub.urls}
         self._ways = [
-            _Way(c, s := journal.streams[c.stream], Drain(journal, s, s.cursors["uplink"], hub.window, shared=True))
+            _Way(c, s := journal.streams[c.stream], self._drain(s))
             for c in sorted(outbound, key=lambda each: _URGENCY.index(each.class_))
         ] + [_Way(c, journal.streams[c.stream], None) for c in inbound]
         self._fair = Fair(hub.shares)
@@ -153,6 +154,10 @@ class HubLink:
         self._failing_back = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.settled = 0
+
+    def _drain(self, stream: Stream) -> Drain:
+        gently = self.hub.kind in DUPLICATE_PROPERTY
+        return Drain(self.journal, stream, stream.cursors["uplink"], self.hub.window, shared=True, gently=gently)
 
     # ------------------------------------------------------------------ the owner's side
 

@@ -62,6 +62,11 @@ def wait_until(done: Callable[[], bool], timeout_s: float, what: str) -> None:
         time.sleep(STEP_S)
 
 
+def out_of_turn(arrived: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbours, by their first arrival, of which the second should have come before the first."""
+    return [(a, b) for a, b in itertools.pairwise(dict.fromkeys(arrived)) if b < a]
+
+
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What became of messages 0 .. count-1, given the numbers that arrived, in the order they did."""
@@ -75,7 +80,7 @@ class Tally:
         firsts = list(dict.fromkeys(arrived))
         return cls(
             lost=len(set(range(count)) - set(firsts)),
-            reordered=sum(b < a for a, b in itertools.pairwise(firsts)),
+            reordered=len(out_of_turn(arrived)),
             duplicates=len(arrived) - len(firsts),
         )
 

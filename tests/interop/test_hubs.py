@@ -10,7 +10,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -74,6 +74,8 @@ class Rig:
     mqtt_port: int
     out: str
     into: str
+    # Of each cut, what may have gone a second time over the next connection, as its first number.
+    repeated_from: list[int] = field(default_factory=list)
 
     @property
     def durable(self) -> bool:
@@ -85,9 +87,21 @@ class Rig:
         """Artemis drops what it has had already."""
         return isinstance(self.hub, parts.Artemis)
 
-    def arrived(self, count: int) -> harness.Tally:
+    def arrived(self, count: int) -> tuple[harness.Tally, list[str]]:
+        """What arrived, and of what did not come in its turn, where it came and which connections may have sent it."""
         numbers = self.loop.run(harness.consume(self.hub.port, self.out, count, durable=self.durable))
-        return harness.Tally.of(numbers, count)
+        return harness.Tally.of(numbers, count), [
+            f"{after} behind {before}: {self._over(after)}, {self._over(before)}"
+            for before, after in harness.out_of_turn(numbers)
+        ]
+
+    def _over(self, number: int) -> str:
+        if not self.repeated_from:
+            return str(number)  # it was not the line that broke
+        again = [n for n, first in enumerate(self.repeated_from, 1) if first <= number < first + WINDOW]
+        if again:
+            return f"{number} perhaps over the connections before and after cut {again}"
+        return f"{number} over connection {1 + sum(first + WINDOW <= number for first in self.repeated_from)} only"
 
     def fill(self, count: int) -> None:
         self.loop.run(harness.produce(self.hub.port, self.into, count, durable=self.durable))
@@ -95,6 +109,8 @@ class Rig:
     def dark(self, cut: Callable[[], None]) -> None:
         cut()
         time.sleep(DARK_S)
+        stream = next(s for s in self.daemon.status()["streams"] if s["name"] == "telemetry")
+        self.repeated_from.append(stream["next_seq"] - 1 - stream["waiting"])
         self.line.restore()
 
     def cut_thrice(self, every_bytes: int, unfinished: Callable[[], bool]) -> None:
@@ -158,8 +174,8 @@ def test_what_was_acknowledged_reaches_the_hub_through_three_cuts(rig: Rig) -> N
         rig.cut_thrice(OUTBOUND * 30, lambda: rig.daemon.waiting("telemetry") > 0)
         publisher.finish()
     rig.drained()
-    tally = rig.arrived(OUTBOUND)
-    assert (tally.lost, tally.reordered) == (0, 0), tally
+    tally, where = rig.arrived(OUTBOUND)
+    assert (tally.lost, tally.reordered) == (0, 0), (tally, where)
     assert tally.duplicates <= (0 if rig.remembers else CUTS * WINDOW), tally
 
 
@@ -207,8 +223,8 @@ def test_a_hub_that_is_killed_and_comes_back_has_everything(rig: Rig) -> None:
         rig.hub.start()
         publisher.finish()
     rig.drained()
-    tally = rig.arrived(INBOUND)
-    assert (tally.lost, tally.reordered) == (0, 0), tally
+    tally, where = rig.arrived(INBOUND)
+    assert (tally.lost, tally.reordered) == (0, 0), (tally, where)
     assert tally.duplicates <= (0 if rig.remembers else WINDOW), tally
 
 
@@ -242,7 +258,7 @@ def test_a_daemon_killed_three_times_loses_nothing_it_acknowledged(rig: Rig) -> 
             rig.daemon.start()
         publisher.finish()
     rig.drained()
-    tally = rig.arrived(KILLED)
-    assert (tally.lost, tally.reordered) == (0, 0), (tally, seed)
+    tally, where = rig.arrived(KILLED)
+    assert (tally.lost, tally.reordered) == (0, 0), (tally, where, seed)
     # What was journaled but not yet acknowledged comes from the publisher a second time, as another message.
     assert tally.duplicates <= CUTS * (MQTT_WINDOW + (0 if rig.remembers else WINDOW)), (tally, seed)
