@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import paho.mqtt.client as paho
@@ -16,7 +19,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from gateway.control_client import ControlError, DaemonStopped, request
 
-WAIT_S = 15.0
+WAIT_S = 45.0  # for what comes at once on a machine with nothing else to do
 
 CONFIG = """
 [gateway]
@@ -101,6 +104,15 @@ class Daemon:
         while text not in self.log.read_text():
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.02)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """It stands still: who is to hear of something from the start can be made ready meanwhile."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
         if self.process.poll() is None:

@@ -59,6 +59,7 @@ CHUNK_BYTES: Final = 256 << 10
 # Above this, a session has enough to send and its senders show no capacity, whatever the credit.
 OUTGOING_BYTES_MAX: Final = 2 << 20
 OUTPUT_BYTES: Final = 1 << 20
+FAILED_TO_OPEN: Final = "amqp:connection-establishment-failed"
 
 # What reading a peer's open or attach may raise inside proton's binding.
 _PEER_DATA_ERRORS = (
@@ -80,8 +81,15 @@ _OUTCOME_BY_STATE = {
 }
 
 
-def _condition(name: str | None, description: str | None) -> Any:
-    return proton.Condition(name, description or "") if name else None
+def _condition(name: str | None, description: str | None, info: dict[Any, Any] | None = None) -> Any:
+    return proton.Condition(name, description or "", info) if name else None
+
+
+def _symbols(value: Any) -> tuple[str, ...]:
+    """What proton makes of a field that holds symbols, one (it may stand alone: part 1.6) or many."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(str(item) for item in getattr(value, "elements", value) or ())
 
 
 # ------------------------------------------------------------------------------------------------ sessions and links
@@ -635,6 +643,18 @@ class Engine:
         self._connection.close()
         self._produced()
 
+    def refuse(self, condition: str, description: str, info: Mapping[str, str]) -> None:
+        """Answer the peer's open with one that says that a close follows (JMS clients look for it). `info`: symbols."""
+        if self._opened_here or self.closing:
+            return
+        self._connection.properties = {proton.symbol(FAILED_TO_OPEN): True}
+        self.open()
+        self._closed_here = True
+        symbols = {proton.symbol(key): proton.symbol(value) for key, value in info.items()}
+        self._connection.condition = _condition(condition, description, symbols)
+        self._connection.close()
+        self._produced()
+
     def session(self) -> Session:
         """Begin a session, after open(). A bad attach may end its whole session: important links get their own."""
         assert self._opened_here
@@ -908,14 +928,14 @@ class Engine:
         self._opened_there = True
         connection = self._connection
         properties = connection.remote_properties
-        capabilities = connection.remote_offered_capabilities
         self._events.append(
             Opened(
                 container=connection.remote_container or "",
                 hostname=connection.remote_hostname,
                 max_frame_bytes=self._transport.remote_max_frame_size,
                 idle_timeout_s=self._transport.remote_idle_timeout,
-                capabilities=tuple(str(item) for item in getattr(capabilities, "elements", capabilities) or ()),
+                capabilities=_symbols(connection.remote_offered_capabilities),
+                desired=_symbols(connection.remote_desired_capabilities),
                 properties={str(k): v for k, v in properties.items()} if isinstance(properties, dict) else {},
             )
         )

@@ -75,7 +75,7 @@ class Authenticated:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The peer's open. A server answers it with Engine.open() or Engine.close()."""
+    """The peer's open. A server answers it with Engine.open() or Engine.refuse()."""
 
     container: str
     hostname: str | None
@@ -83,6 +83,7 @@ class Opened:
     idle_timeout_s: float
     capabilities: tuple[str, ...]
     properties: Mapping[str, Any]
+    desired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from gateway.amqp.events import (
     LinkAttached,
     LinkClosed,
     Opened,
+    RemoteClosed,
     Settled,
 )
 from gateway.amqp.incoming import Incoming, Refused
@@ -45,10 +46,10 @@ from gateway.amqp.termini import Durability, Expiry, Terminus
 from gateway.broker import Broker
 from gateway.groups import Group
 from gateway.routing import Route
+from gateway.throttle import Throttle
 from gateway.turns import Account, Turns
 from security.rules import Action, Identity
 from storeforward.batch import Batch
-from storeforward.errors import JournalFull
 from storeforward.streams import COLUMNS
 
 log = logging.getLogger("lineside.amqp")
@@ -62,8 +63,11 @@ ROUTES_A_PEER_MAX = 1000
 CATCH_UP_ROWS = 4096
 DESCRIBED_LINKS_MAX = 100
 SYS_PREFIX = "$SYS/"
-# JMS needs to hear of the first one to send through the anonymous terminus.
-CAPABILITIES = ("ANONYMOUS-RELAY",)
+# JMS needs to hear of this to send through the anonymous terminus.
+ANONYMOUS_RELAY = "ANONYMOUS-RELAY"
+# And those that have a client id ask that nobody else has it meanwhile ("Enforcing Connection Uniqueness", 2.2).
+SOLE_CONNECTION = "sole-connection-for-container"
+CAPABILITIES = (ANONYMOUS_RELAY, SOLE_CONNECTION)
 
 
 def mechanisms(claim: Identity, *, tls: bool, access: Access | None) -> list[str]:
@@ -114,6 +118,8 @@ class AmqpListener:
         self.window = window
         self.access = access  # None: everybody may do everything
         self.peers: dict[Peer, None] = {}
+        # Who is open, by owner and container id, and whether it wants to be the only one.
+        self._claims: dict[tuple[str | None, str], dict[Peer, bool]] = {}
         self.received = 0
         self.directory = Directory(broker.journal, broker.streams_for, lambda: broker.router.forget())
         broker.queue_for = self.directory.expects
@@ -130,6 +136,21 @@ class AmqpListener:
     def protocol(self) -> AmqpProtocol:
         peer = Peer(self)
         return AmqpProtocol(peer.engine, peer, peer.ready, self._turns)
+
+    def claim(self, peer: Peer, *, sole: bool) -> bool:
+        """Whether a connection may open with its container id, beside those of the same owner that have it already."""
+        same = self._claims.get(peer.claim, {})
+        if same and (sole or any(same.values())):
+            return False
+        self._claims.setdefault(peer.claim, {})[peer] = sole
+        return True
+
+    def unclaim(self, peer: Peer) -> None:
+        """It is gone, or never had it."""
+        same = self._claims.get(peer.claim, {})
+        same.pop(peer, None)
+        if not same:
+            self._claims.pop(peer.claim, None)
 
     # ------------------------------------------------------------------ who reads what
 
@@ -246,6 +267,7 @@ class Peer:
         self._directory = listener.directory
         self._loop = asyncio.get_running_loop()
         self._container = ""
+        self.claim: tuple[str | None, str] = (None, "")  # its container id, which is unique only for an owner
         self._identity = Identity("amqp")
         self._admission: Admission | None = None
         self._permit: Permit | None = None
@@ -254,13 +276,13 @@ class Peer:
         self._retry: asyncio.TimerHandle | None = None
         self._resend: asyncio.TimerHandle | None = None
         self._handshake: asyncio.TimerHandle | None = None
-        self._paused = False
         self._outgoing: dict[Sender, Outgoing] = {}
         self._incoming: dict[Receiver, Incoming] = {}
         self._replies: dict[Sender | Receiver, str] = {}
         self._routes: dict[str, tuple[Route, Stamp]] = {}
         self.address = "?"
         self.protocol: AmqpProtocol
+        self._throttle: Throttle
 
     # ------------------------------------------------------------------ the connection
 
@@ -281,6 +303,7 @@ class Peer:
 
     def ready(self, protocol: AmqpProtocol) -> None:
         self.protocol = protocol
+        self._throttle = Throttle(self._journal, protocol)
         protocol.on_resumed = self._resumed
         self._listener.peers[self] = None
         if len(self._listener.peers) > self._listener.connections_max:
@@ -303,19 +326,22 @@ class Peer:
                     if sender in self._outgoing:
                         self.wake(self._outgoing[sender])
                 case Opened(container):
-                    self._opened(engine, container)
-                case LinkAttached(link, True):
+                    self._opened(engine, container, sole=SOLE_CONNECTION in event.desired)
+                case LinkAttached(link, True) if not engine.closing:
                     self._attach(link)
                 case LinkClosed(link):
                     self._closed(link, event.detached)
                 case Failed(condition, description):
                     extra = self._who(condition=condition, error=description)
                     log.warning("amqp peer broke the protocol", extra=extra)
+                    self._listener.unclaim(self)
+                case RemoteClosed():
+                    self._listener.unclaim(self)
                 case _:
                     pass
         self._listener.kick_if_pending()
 
-    def _opened(self, engine: Engine, container: str) -> None:
+    def _opened(self, engine: Engine, container: str, *, sole: bool) -> None:
         if self._handshake is not None:
             self._handshake.cancel()
             self._handshake = None
@@ -325,6 +351,12 @@ class Peer:
         admitted = self._identity if self._admission is None else self._admission.identity
         self._identity = replace(admitted, client=container)
         self._permit = None if self._listener.access is None else self._listener.access.permit(self._identity)
+        self.claim = owner_of(self._identity), container
+        if not self._listener.claim(self, sole=sole):
+            log.warning("amqp peer refused: its container id is another connection's", extra=self._who())
+            text = f"the container id {container[:200]!r} is in use by another connection"
+            engine.refuse(INVALID_FIELD, text, {"invalid-field": "container-id"})
+            return
         engine.open()
         log.info("amqp peer connected", extra=self._who())
 
@@ -348,6 +380,7 @@ class Peer:
 
     def on_lost(self, error: Exception | None) -> None:
         self._listener.peers.pop(self, None)
+        self._listener.unclaim(self)
         if self._login is not None:
             self._login.cancel()
         for timer in (self._retry, self._resend, self._handshake):
@@ -397,19 +430,7 @@ class Peer:
         incoming.deliveries(batch)
         self._listener.received += incoming.received - before
         self._watch_held()
-        if self._journal.pending.size_bytes > self._journal.space.pending_bytes and not self._paused:
-            # The disk is slower than this app: read no more until what there is has been written.
-            self._paused = True
-            self.protocol.pause_reading()
-            self._journal.wait(self, None)
-
-    def committed(self, tokens: list[None]) -> None:
-        """The journal's side (Waiter) of the pause."""
-        self._paused = False
-        self.protocol.resume_reading()
-
-    def failed(self, tokens: list[None], error: JournalFull) -> None:
-        self.committed(tokens)
+        self._throttle.look()
 
     def _resolve(self, topic: str) -> tuple[Route, Stamp]:
         """Where a message for this topic goes; asked once a topic and connection."""

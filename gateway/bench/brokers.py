@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 HOST = "127.0.0.1"
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
 PROBE_INTERVAL_S = 0.05
 PROBE_TIMEOUT_S = 1.0

@@ -280,6 +280,14 @@ class Tally:
         }
 
 
+def leave(client: paho.Client) -> None:
+    """Disconnect, and end the thread. paho's own `loop_stop` trips over a thread that has just ended by itself."""
+    thread = client._thread
+    client.disconnect()
+    if thread is not None:
+        thread.join()
+
+
 class App:
     """A paho client with a durable session that hands on what arrives on its filters."""
 
@@ -318,8 +326,7 @@ class App:
             raise LinesideError(f"an app could not subscribe within {SUBSCRIBE_S_MAX:g} s")
 
     def close(self) -> None:
-        self.client.disconnect()
-        self.client.loop_stop()
+        leave(self.client)
 
 
 class Publisher:

@@ -32,7 +32,7 @@ from gateway.control_client import ControlError, DaemonStopped
 from gateway.errors import ConfigError, LinesideError
 from gateway.faultlink import FaultLink, Line
 from gateway.simulate import cutdisk, cutmount, disk
-from gateway.simulate.fleet import HUB, SUBSCRIBE_S_MAX, Daemon, Daemons, address, attached, hub_config, toml_of
+from gateway.simulate.fleet import HUB, SUBSCRIBE_S_MAX, Daemon, Daemons, address, attached, hub_config, leave, toml_of
 from gateway.simulate.proxy import free_ports
 
 STATE_FILE = "verify.json"
@@ -273,8 +273,7 @@ class Apps:
         self._stop.set()
         self._thread.join()
         for client in (self._producer, self._consumer):
-            client.disconnect()
-            client.loop_stop()
+            leave(client)
         self.record.close()
 
 

@@ -20,7 +20,7 @@ from gateway.amqp.sasl import SaslClient
 from gateway.config import Hub, HubUrl
 from gateway.uplink.pace import Bucket, Gauge, on_the_wire
 from gateway.uplink.state import Failure
-from gateway.uplink.tcp import look, silent_ms
+from gateway.uplink.tcp import discard, look, silent_ms
 
 if TYPE_CHECKING:
     from security.tls import Stamp
@@ -220,7 +220,9 @@ class Attempt:
         self.fail(error, Failure.HANDSHAKE)
 
     def fail(self, error: str, failure: Failure) -> None:
-        """We give this connection up, without waiting for anybody."""
+        """We give this connection up, without waiting for anybody, and what it has not delivered yet."""
+        if self.protocol is not None and self.protocol.socket is not None:
+            discard(self.protocol.socket)
         self._reason = error, failure
         self._end(error, failure)
         self.abort()

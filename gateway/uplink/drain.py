@@ -7,6 +7,7 @@ Knows no socket and reads no clock. Serves the uplink and, on a hub, the receive
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ BATCH_BYTES_MAX = 1 << 20
 # Of one link, where the line is shared out: what may be without an answer, though a single message may be larger.
 WINDOW_BYTES_MAX = 8 << 20
 RESEND_S_MIN, RESEND_S_MAX = 0.2, 10.0
+# How long a peer may work off what it got over a connection that is gone.
+WORKED_OFF_S = 10.0
 
 
 @dataclass(slots=True)
@@ -36,6 +39,9 @@ class Drain:
     """Call `wake(now)` after a commit on the stream, after credit, and after answers from the peer.
 
     shared: the line belongs to others, too. `wake` then sends nothing; `send` does when it is this stream's turn.
+    gently: the peer drops what it has had, but may have it in its queue only later. Where it may still be working off
+    an earlier connection, one that repeats its messages could overtake it there. So for WORKED_OFF_S they are repeated
+    one, then two, four ... at a time, each time once all before are settled; full windows of what is new follow.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class Drain:
         wants: Callable[[Row], bool] | None = None,
         *,
         shared: bool = False,
+        gently: bool = False,
     ) -> None:
         self.journal = journal
         self.stream = stream
@@ -55,6 +62,11 @@ class Drain:
         self._wants = wants
         self._link: Sender | None = None
         self._next = cursor.position
+        self._gently = gently
+        # What an earlier connection may have sent without an answer ends here, that of an earlier process, too.
+        self._again_end = min(cursor.position + window, stream.committed) if gently else 0
+        self._again = 1  # how many of these may go at a time
+        self._sent_at = math.inf  # not known of an earlier process
         # Finished with though the cursor is not past them: accepted behind a release, buried, expired.
         self._done: set[int] = set()
         # Of what was read from the cursor on, the seqs that are no messages: from, and to behind the last.
@@ -77,6 +89,9 @@ class Drain:
         self._link = link
         self._land(None)
         self._next = self.cursor.position
+        self._again = 1
+        if now - self._sent_at > WORKED_OFF_S:
+            self._again_end = 0
         self._resend_from = None
         self._progress_at = now
 
@@ -84,6 +99,8 @@ class Drain:
         """The link is gone; what the peer answered before it went still counts."""
         if self._link is not None:
             self._take_answers(self._link, self._progress_at)
+        if self._gently and self._next > self.cursor.position:
+            self._again_end = max(self._again_end, self._next)
         self._link = None
         self._land(None)
 
@@ -175,6 +192,8 @@ class Drain:
         moved = self._take_answers(link, now)
         if not link.alive:
             return moved
+        if moved and not link.unsettled:
+            self._again = min(self.window, 2 * self._again)
         if self._resend_from is not None and not link.unsettled and now >= self._resend_at:
             self._next, self._resend_from = self._resend_from, None
         if self._resend_from is None and not self.paused and not self._shared:
@@ -255,7 +274,10 @@ class Drain:
         # What is settled but not yet durably so would be sent again after a crash: it counts as in the window. So does
         # what was accepted behind a message that the peer gives back again and again.
         settled = self.cursor.position - self.cursor.durable + len(self._done)
-        return min(link.capacity, self.window - link.unsettled - settled)
+        room = min(link.capacity, self.window - link.unsettled - settled)
+        if self.cursor.position < self._again_end:
+            return 0 if link.unsettled else min(room, self._again, self._again_end - self._next)
+        return room
 
     def _send(self, link: Sender, now: float, budget: int | None, position: int) -> int:
         """Send as much as there is room for; with a budget, about that many bytes. How many bytes it was."""
@@ -287,6 +309,7 @@ class Drain:
                 continue
             if idle:
                 self._progress_at = now
+            self._sent_at = now
             if budget is None:
                 link.send(batch)
                 continue

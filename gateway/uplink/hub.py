@@ -22,6 +22,8 @@ from gateway.config import Hub, Inbound, Outbound
 from gateway.errors import PeerError
 from gateway.mqtt.topics import check_topic
 from gateway.replies import Inlet, Requests
+from gateway.routing import DUPLICATE_PROPERTY
+from gateway.throttle import Throttle
 from gateway.uplink.attempt import Attempt, HubTls
 from gateway.uplink.drain import Drain
 from gateway.uplink.fair import Class, Fair, Queue
@@ -46,6 +48,7 @@ WINDOW_BYTES_MAX = 32 << 20
 QUANTUM_BYTES = 64 << 10
 _URGENCY = [each.value for each in Class]
 REATTACH_S_MIN, REATTACH_S_MAX = 1.0, 60.0
+ROOM_PARTS = 8  # of a full stream: when one of them is free, messages that were handed back are asked for again
 # A connection that ends so soon behind one of its links most likely ended because of it.
 CONSEQUENCE_S = 1.0
 
@@ -69,10 +72,23 @@ class _Way:
     advice: str | None = None
     queue: Queue | None = None
     progress_at: float = 0.0  # when bytes of what it has in flight were last carried
+    handed_back: bool = False  # its stream was full: the hub keeps its messages until there is room
+    largest_bytes: int = 0  # of inbound messages lately
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it is worth while to attach again after messages were handed back."""
+        stream, limits = self.stream, self.stream.limits
+        wanted = min(limits.bytes_max, max(self.largest_bytes, limits.bytes_max // ROOM_PARTS))
+        rows_wanted = -(-limits.messages_max // ROOM_PARTS)
+        return stream.size_bytes + wanted <= limits.bytes_max and stream.rows + rows_wanted <= limits.messages_max
 
     def note(self, gateway: str) -> str | None:
         """What the operator should know though nothing is broken."""
         drain = self.drain
+        if self.handed_back:
+            address = self.config.address_for(gateway)
+            return f"{address}: no room for stream {self.stream.name}: the hub keeps what it has for it"
         if drain is not None and drain.held_back:
             return f"{self.config.address_for(gateway)}: the hub gives no credit: no room there, or it holds senders up"
         if drain is None or not drain.given_back:
@@ -120,7 +136,7 @@ class HubLink:
         )
         self._urls = {str(u): u for u in hub.urls}
         self._ways = [
-            _Way(c, s := journal.streams[c.stream], Drain(journal, s, s.cursors["uplink"], hub.window, shared=True))
+            _Way(c, s := journal.streams[c.stream], self._drain(s))
             for c in sorted(outbound, key=lambda each: _URGENCY.index(each.class_))
         ] + [_Way(c, journal.streams[c.stream], None) for c in inbound]
         self._fair = Fair(hub.shares)
@@ -132,11 +148,16 @@ class HubLink:
         self._pump_timer: asyncio.TimerHandle | None = None
         self._attempts: dict[Attempt, None] = {}
         self._active: Attempt | None = None
+        self._throttle: Throttle | None = None  # of the active one
         self._timer: asyncio.TimerHandle | None = None
         self._watch_timer: asyncio.TimerHandle | None = None
         self._failing_back = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.settled = 0
+
+    def _drain(self, stream: Stream) -> Drain:
+        gently = self.hub.kind in DUPLICATE_PROPERTY
+        return Drain(self.journal, stream, stream.cursors["uplink"], self.hub.window, shared=True, gently=gently)
 
     # ------------------------------------------------------------------ the owner's side
 
@@ -166,6 +187,8 @@ class HubLink:
         now = self._loop.time()
         for way in self._ways:
             self._wake(way, now)
+            if way.intake is not None and way.intake.overfull:
+                self._hand_back(way, way.intake)
         self._pump(now)
 
     def network_changed(self) -> None:
@@ -284,6 +307,8 @@ class HubLink:
             return False
         now = self._loop.time()
         self._active = attempt
+        assert attempt.protocol is not None
+        self._throttle = Throttle(self.journal, attempt.protocol)
         # The same line, most likely: a narrow one is not flooded first.
         self._gauge = Gauge(now, self._gauge.limit, self.hub.rate or math.inf)
         self.state.opened(now, str(attempt.url))
@@ -292,7 +317,7 @@ class HubLink:
         self._attempts.clear()
         log.info("hub link up", extra={"hub": self.hub.name, "url": str(attempt.url)})
         for way in self._ways:
-            if way.reattach_at is None or now >= way.reattach_at:
+            if (way.reattach_at is None or now >= way.reattach_at) and (not way.handed_back or self._may_attach(way)):
                 self._attach(way, now)
         self._schedule()
         return True
@@ -361,6 +386,7 @@ class HubLink:
         way.link.context = way
         way.attach_by = now + self.hub.attach_timeout_s
         way.reattach_at = None
+        way.handed_back = False
 
     def on_events(self, events: list[Event]) -> None:
         now = self._loop.time()
@@ -370,6 +396,11 @@ class HubLink:
                     way = receiver.context
                     if way.intake is not None:
                         way.intake.deliveries(batch)
+                        way.largest_bytes = way.intake.largest_bytes
+                        if way.intake.overfull:
+                            self._hand_back(way, way.intake)
+                        if self._throttle is not None:
+                            self._throttle.look()
                         self._kick()
                 case Credit(sender) | Settled(sender):
                     self._wake(sender.context, now)
@@ -491,8 +522,37 @@ class HubLink:
             if self._requests is not None:
                 inlet = Inlet(self._requests, self.gateway, way.stream, self._answers)
             way.intake = Intake(
-                self.journal, link, way.config.credit, place, self._flush, self.state.settled, self._retain, inlet
+                self.journal,
+                link,
+                way.config.credit,
+                place,
+                self._flush,
+                self.state.settled,
+                self._retain,
+                inlet,
+                way.largest_bytes,
             )
+
+    def _hand_back(self, way: _Way, intake: Intake) -> None:
+        """The stream is full, and more came than can be held: all of it goes back to the hub, in its order.
+
+        With the session, as RabbitMQ keeps what is unsettled when only a link ends. Not while answers are due, lest
+        what they are for comes twice.
+        """
+        assert self._throttle is not None
+        if intake.staged:
+            self._throttle.pause()
+            return
+        log.warning(
+            "no room for a stream; its messages stay at the hub until there is",
+            extra={"hub": self.hub.name, "address": way.config.address_for(self.gateway), "stream": way.stream.name},
+        )
+        intake.link.session.close()
+        self._unlink(way)
+        way.handed_back = True
+
+    def _may_attach(self, way: _Way) -> bool:
+        return way.has_room and not self.journal.disk_full
 
     def _place(self, config: Inbound, stream: Stream) -> Callable[[Message], tuple[Stream, str]]:
         gateway = self.gateway
@@ -547,7 +607,8 @@ class HubLink:
             attempt.fail(fault, Failure.UNREACHABLE if "silent" in fault else Failure.HANDSHAKE)
             return
         for way in self._ways:
-            if way.reattach_at is not None and now >= way.reattach_at:
+            due = way.reattach_at is not None and now >= way.reattach_at
+            if due or (way.handed_back and self._may_attach(way)):
                 self._attach(way, now)
             if way.drain is not None and way.drain.resend_at() is not None:
                 self._wake(way, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import socket
 import struct
@@ -45,6 +46,16 @@ def look(sock: socket.socket) -> Line | None:
         return None
     acked, segments, rtt_us = _COUNTS.unpack(info)
     return Line(acked, queued, segments, 0.0 if rtt_us == _RTT_UNKNOWN else min(_RTT_S_MAX, rtt_us / 1e6))
+
+
+def discard(sock: socket.socket) -> None:
+    """From now on, closing resets the connection, and what is queued is thrown away.
+
+    Otherwise the kernel goes on sending it for minutes: when the line is back, it would reach the peer behind what the
+    next connection has sent by then.
+    """
+    with contextlib.suppress(OSError):  # gone already, and the queue with it
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def silent_ms(sock: socket.socket) -> int:

@@ -168,7 +168,7 @@ def test_a_will_waits_for_its_delay(join: Connector) -> None:
     began = time.monotonic()
     nothing_before(b"marker", listener, topic, join)
     listener.message(b"late")
-    assert 0.8 < time.monotonic() - began < 3
+    assert 0.8 < time.monotonic() - began < 15
 
 
 def test_the_end_of_the_session_ends_the_delay(join: Connector) -> None:
@@ -176,11 +176,11 @@ def test_the_end_of_the_session_ends_the_delay(join: Connector) -> None:
     delayed(join, topic, 100, 0).drop()
     began = time.monotonic()
     listener.message(b"late")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 15
     delayed(join, topic, 100, 1).drop()
     nothing_before(b"marker", listener, topic, join)
     listener.message(b"late")
-    assert 0.8 < time.monotonic() - began < 4
+    assert 0.8 < time.monotonic() - began < 15
 
 
 def test_a_new_connection_within_the_delay_cancels_the_will(join: Connector) -> None:

@@ -40,10 +40,11 @@ class Bench:
         return self.app.acknowledged + self.app.refused
 
     def hub(self) -> Reader:
-        hub = Daemon(self._directory / "hub", HUB_CONFIG, self._hub_port)
-        self.daemons.append(hub)
-        hub.status()
-        return Reader(hub)
+        with self.gateway.paused():  # a topic keeps nothing of what comes before its reader
+            hub = Daemon(self._directory / "hub", HUB_CONFIG, self._hub_port)
+            self.daemons.append(hub)
+            hub.status()
+            return Reader(hub)
 
     def end(self) -> None:
         self.app.client.disconnect()  # its thread would wait for what was never answered
@@ -137,7 +138,7 @@ def test_syncs_of_half_a_second_cost_no_keep_alive_and_are_shared(bench: Bench) 
     assert took < bench.number * SYNC_S / 10
     asked = time.monotonic()
     bench.gateway.status()
-    assert time.monotonic() - asked < WAIT_S / 3
+    assert time.monotonic() - asked < 10 * SYNC_S
     assert not bench.app.disconnected.is_set()
     arrived_in_order(reader, bench.number)
     bench.disk.ask("clear")

@@ -56,7 +56,7 @@ from security.tls import client_context
 from tests.daemon import Daemon, free_port
 from tests.pki import Pki
 
-WAIT_S = 10.0
+WAIT_S = 40.0
 CHEAP = Cost(10, 8, 1)
 
 HEAD = """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proton import ConnectionException, Message
+from proton import ConnectionException, Message, symbol
 from proton.reactor import DurableSubscription
 from proton.utils import BlockingConnection, LinkDetached, SendException
 
@@ -20,10 +22,10 @@ from gateway.access import Access
 from gateway.amqp import outgoing
 from gateway.amqp.driver import AmqpProtocol
 from gateway.amqp.engine import Engine
-from gateway.amqp.events import Event, LinkAttached
+from gateway.amqp.events import Event, LinkAttached, RemoteClosed
 from gateway.amqp.listener import AmqpListener, mechanisms, owner_of
 from gateway.amqp.sasl import SaslClient
-from gateway.amqp.termini import Terminus
+from gateway.amqp.termini import Durability, Expiry, Terminus
 from gateway.broker import Broker
 from gateway.committer import Committer
 from gateway.config import Config, loads
@@ -35,7 +37,7 @@ from storeforward.errors import JournalError
 from storeforward.journal import Journal
 from tests.pki import Pki
 
-WAIT_S = 10.0
+WAIT_S = 40.0
 PASSWORDS = 'password_file = "passwords"'
 CONFIG = """
 [gateway]
@@ -281,6 +283,66 @@ def test_a_durable_subscription_is_its_owners_whatever_container_name_others_giv
 
     async def script(gateway: Gateway) -> None:
         await asyncio.to_thread(apps, gateway)
+
+    run(tmp_path, script, keys=PASSWORDS)
+
+
+def test_a_container_id_is_its_only_connections_where_that_asks_for_it_until_it_goes(tmp_path: Path) -> None:
+    from proton.reactor import Container
+
+    def open_as(gateway: Gateway, user: str, container_id: str, *, sole: bool) -> BlockingConnection:
+        container = Container()
+        container.container_id = container_id
+        more: dict[str, Any] = {"desired_capabilities": [symbol("sole-connection-for-container")]} if sole else {}
+        return connect(gateway, container=container, user=user, password=user, allowed_mechs="PLAIN", **more)
+
+    def refused(gateway: Gateway, *, sole: bool) -> None:
+        with pytest.raises(ConnectionException) as error:
+            open_as(gateway, "anna", "reader", sole=sole)
+        assert "amqp:invalid-field" in str(error.value)
+
+    def at_once(gateway: Gateway) -> None:
+        """A client that does not wait for the answer to its open, as part 2.4.5 allows, with a durable subscription."""
+        client = Engine(server=False, container="reader", sasl=SaslClient(["PLAIN"], "anna", "anna"))
+        client.open()
+        source = Terminus(address="cab/a", durability=Durability.UNSETTLED_STATE, expiry=Expiry.NEVER)
+        client.receiver(client.session(), "sub", source, credit=1)
+        heard: list[Event] = []
+        with socket.create_connection(("127.0.0.1", gateway.port), WAIT_S) as sock:
+            while not client.finished:
+                while data := client.data_to_send():
+                    sock.sendall(data)
+                if client.finished or not (data := sock.recv(65536)):
+                    break
+                heard += client.receive(data, time.monotonic())
+        closed = next(each for each in heard if isinstance(each, RemoteClosed))
+        assert closed.condition == "amqp:invalid-field"
+        assert not any(isinstance(each, LinkAttached) for each in heard)
+
+    def apps(gateway: Gateway) -> None:
+        first = open_as(gateway, "anna", "reader", sole=True)
+        assert "sole-connection-for-container" in str(first.conn.remote_offered_capabilities)
+        refused(gateway, sole=True)
+        refused(gateway, sole=False)
+        at_once(gateway)
+        assert not gateway.listener.directory.subscriptions, "of one that is refused nothing is kept"
+        others = [open_as(gateway, "bert", "reader", sole=True), open_as(gateway, "anna", "other", sole=True)]
+        sender = first.create_sender("cab/a")
+        sender.send(Message(body="x"), timeout=WAIT_S)  # whoever was refused disturbed nobody
+        for _ in range(5):  # free from the close on, whenever the socket goes
+            first.close()
+            first = open_as(gateway, "anna", "reader", sole=True)
+        for each in (first, *others):
+            each.close()
+        shared = [open_as(gateway, "anna", "reader", sole=False) for _ in range(2)]
+        refused(gateway, sole=True)
+        for each in shared:
+            each.close()
+        open_as(gateway, "anna", "reader", sole=True).close()
+
+    async def script(gateway: Gateway) -> None:
+        await asyncio.to_thread(apps, gateway)
+        assert not gateway.listener._claims
 
     run(tmp_path, script, keys=PASSWORDS)
 

@@ -50,10 +50,11 @@ class Box:
         return self.gateway
 
     def start_hub(self) -> Reader:
-        hub = Daemon(self.path / "hub", self.hub_config, self.hub_port)
-        self.daemons.append(hub)
-        hub.status()
-        return Reader(hub)
+        with self.gateway.paused():  # a topic keeps nothing of what comes before its reader
+            hub = Daemon(self.path / "hub", self.hub_config, self.hub_port)
+            self.daemons.append(hub)
+            hub.status()
+            return Reader(hub)
 
     def reasons(self) -> dict[str, int]:
         """The ledger: how many of each reason."""

@@ -14,7 +14,7 @@ from storeforward.batch import Batch
 from storeforward.errors import JournalError
 from storeforward.journal import Journal
 
-WAIT_S = 10.0
+WAIT_S = 40.0
 
 
 class Bench:

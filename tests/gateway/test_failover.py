@@ -77,9 +77,10 @@ def test_the_second_address_takes_over_and_the_first_gets_the_traffic_back_nothi
         assert set(range(500, 1000)) <= set(other.got)
         assert len(other.got) <= 500 + WINDOW
 
-        first.start()
-        first.status()
-        back = Reader(first)
+        with gateway.paused():  # a topic keeps nothing of what comes before its reader
+            first.start()
+            first.status()
+            back = Reader(first)
         before = len(other.got)
 
         def returned() -> bool:

@@ -20,7 +20,7 @@ from security.tls import client_context
 from tests.pki import Pki
 from tests.websocket import BINARY, CLOSE, frame, frames, request
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 WSS = Listen("127.0.0.1", 0, scheme="wss", url_path="/mqtt")
 WS = Listen("127.0.0.1", 0, scheme="ws", url_path="/mqtt")
 

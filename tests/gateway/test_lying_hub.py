@@ -25,7 +25,7 @@ from gateway.uplink.state import ATTEMPTS_MAX, STAGGER_S
 from storeforward.journal import Journal
 from tests.pki import Pki
 
-WAIT_S = 10.0
+WAIT_S = 40.0
 SASL = b"AMQP\x03\x01\x00\x00"
 MECHANISMS = bytes.fromhex("00000000 02010000 005340c00f01e00c01a309") + b"ANONYMOUS"
 MECHANISMS = len(MECHANISMS).to_bytes(4, "big") + MECHANISMS[4:]

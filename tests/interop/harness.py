@@ -47,7 +47,7 @@ from gateway.control_client import ControlError, DaemonStopped, request
 from gateway.faultlink import FaultLink, Line
 
 HOST = "127.0.0.1"
-START_S_MAX = 20.0
+START_S_MAX = 60.0
 STEP_S = 0.005
 CREDIT = 1000
 PACKET_IDS = 65535
@@ -60,6 +60,11 @@ def wait_until(done: Callable[[], bool], timeout_s: float, what: str) -> None:
     while not done():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
         time.sleep(STEP_S)
+
+
+def out_of_turn(arrived: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbours, by their first arrival, of which the second should have come before the first."""
+    return [(a, b) for a, b in itertools.pairwise(dict.fromkeys(arrived)) if b < a]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ class Tally:
         firsts = list(dict.fromkeys(arrived))
         return cls(
             lost=len(set(range(count)) - set(firsts)),
-            reordered=sum(b < a for a, b in itertools.pairwise(firsts)),
+            reordered=len(out_of_turn(arrived)),
             duplicates=len(arrived) - len(firsts),
         )
 
@@ -183,6 +188,9 @@ class Daemon:
 
     def hub_state(self) -> str:
         return str(self.status()["hubs"][0]["state"])
+
+    def notes(self) -> list[str]:
+        return [str(note) for note in self.status()["hubs"][0]["notes"]]
 
     def kill(self) -> None:
         process, self._process = self._process, None
@@ -380,7 +388,7 @@ async def consume(
     *,
     durable: bool,
     login: Login | None = None,
-    timeout_s: float = 40.0,
+    timeout_s: float = 80.0,
     quiet_s: float = 1.0,
 ) -> list[int]:
     """The numbers that are, or arrive, in a queue, until `count` different ones came and then none for `quiet_s`."""
@@ -419,7 +427,7 @@ class _Taker(_End):
 
 
 async def take(
-    port: int, address: str, count: int, timeout_s: float = 40.0, attached: threading.Event | None = None
+    port: int, address: str, count: int, timeout_s: float = 80.0, attached: threading.Event | None = None
 ) -> list[bytes]:
     """`count` messages as the bytes that came; `attached` is set as soon as none can be missed."""
     end = _Taker()
@@ -461,7 +469,7 @@ def _command(number: int) -> bytes:
     return encode(b"%d" % number, message_id=f"command-{number}", subject="go")
 
 
-async def produce(port: int, address: str, count: int, *, durable: bool, timeout_s: float = 40.0) -> None:
+async def produce(port: int, address: str, count: int, *, durable: bool, timeout_s: float = 80.0) -> None:
     """Put 0 .. count-1 into a queue; returns once the hub has accepted them all."""
     await _produce(port, _terminus(address, durable), _Producer(count, _command), count, timeout_s)
 
@@ -473,7 +481,7 @@ async def put(
     *,
     durable: bool = False,
     login: Login | None = None,
-    timeout_s: float = 40.0,
+    timeout_s: float = 80.0,
 ) -> None:
     """As `produce`, these very bytes."""
     end = _Producer(len(bodies), lambda number: bodies[number])

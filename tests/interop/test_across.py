@@ -32,7 +32,7 @@ from gateway.faultlink import Line
 from tests import parts
 from tests.interop import harness
 
-WAIT_S = 15.0
+WAIT_S = 45.0
 
 CONFIG = """
 [gateway]

@@ -151,6 +151,21 @@ def test_jms_unsubscribe_ends_a_durable_subscription(gateway: Gateway) -> None:
     assert gateway.clients()["away"] == []
 
 
+def test_jms_hears_that_its_client_id_is_in_use_and_nobody_else_is_disturbed(gateway: Gateway) -> None:
+    require("qpid-jms")
+    apps = Apps(gateway, "qpid-jms")
+    first = apps.run("durable", "news/today", 2, "reader", "sub").wait("attached")
+    second = apps.run("durable", "news/today", 2, "reader", "sub")
+    assert second.process.wait(WAIT_S) != 0
+    second.wait("ended")
+    assert any("InvalidClientIDException" in line and "in use" in line for line in second.lines), second.lines
+    mqtt = gateway.mqtt()
+    for n in range(2):
+        mqtt.publish("news/today", b"%d" % n)
+    assert first.got() == ["0", "1"]
+    assert len(gateway.clients()["away"]) == 1
+
+
 def test_an_mqtt_app_answers_requests(apps: Apps) -> None:
     def answer(client: paho.Client, message: paho.MQTTMessage) -> None:
         packed = Properties(PacketTypes.PUBLISH)

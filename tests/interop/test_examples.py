@@ -24,7 +24,7 @@ from tests.interop import harness
 from tests.interop.test_across import Train, said
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 CONFIG = """
 [gateway]

@@ -10,11 +10,12 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from gateway.amqp.message import encode
 from gateway.faultlink import Line
 from tests import parts
 from tests.interop import harness
@@ -24,6 +25,8 @@ OUTBOUND, INBOUND, KILLED = 20_000, 10_000, 10_000
 WINDOW, MQTT_WINDOW = 1000, 200
 CUTS = 3
 DARK_S = 0.7
+MAPS = 300
+RSS_BYTES_MAX = 120 << 20
 
 CONFIG = """
 [gateway]
@@ -49,6 +52,12 @@ stream = "commands"
 hub = "centre"
 address = "{into}"
 topic = "commands/{{subject}}"
+[[inbound]]
+stream = "maps"
+hub = "centre"
+address = "{into}.maps"
+topic = "maps/{{subject}}"
+max_bytes = "1MiB"
 """
 
 _numbers = itertools.count()
@@ -65,6 +74,8 @@ class Rig:
     mqtt_port: int
     out: str
     into: str
+    # Of each cut, what may have gone a second time over the next connection, as its first number.
+    repeated_from: list[int] = field(default_factory=list)
 
     @property
     def durable(self) -> bool:
@@ -76,9 +87,21 @@ class Rig:
         """Artemis drops what it has had already."""
         return isinstance(self.hub, parts.Artemis)
 
-    def arrived(self, count: int) -> harness.Tally:
+    def arrived(self, count: int) -> tuple[harness.Tally, list[str]]:
+        """What arrived, and of what did not come in its turn, where it came and which connections may have sent it."""
         numbers = self.loop.run(harness.consume(self.hub.port, self.out, count, durable=self.durable))
-        return harness.Tally.of(numbers, count)
+        return harness.Tally.of(numbers, count), [
+            f"{after} behind {before}: {self._over(after)}, {self._over(before)}"
+            for before, after in harness.out_of_turn(numbers)
+        ]
+
+    def _over(self, number: int) -> str:
+        if not self.repeated_from:
+            return str(number)  # it was not the line that broke
+        again = [n for n, first in enumerate(self.repeated_from, 1) if first <= number < first + WINDOW]
+        if again:
+            return f"{number} perhaps over the connections before and after cut {again}"
+        return f"{number} over connection {1 + sum(first + WINDOW <= number for first in self.repeated_from)} only"
 
     def fill(self, count: int) -> None:
         self.loop.run(harness.produce(self.hub.port, self.into, count, durable=self.durable))
@@ -86,6 +109,8 @@ class Rig:
     def dark(self, cut: Callable[[], None]) -> None:
         cut()
         time.sleep(DARK_S)
+        stream = next(s for s in self.daemon.status()["streams"] if s["name"] == "telemetry")
+        self.repeated_from.append(stream["next_seq"] - 1 - stream["waiting"])
         self.line.restore()
 
     def cut_thrice(self, every_bytes: int, unfinished: Callable[[], bool]) -> None:
@@ -149,8 +174,8 @@ def test_what_was_acknowledged_reaches_the_hub_through_three_cuts(rig: Rig) -> N
         rig.cut_thrice(OUTBOUND * 30, lambda: rig.daemon.waiting("telemetry") > 0)
         publisher.finish()
     rig.drained()
-    tally = rig.arrived(OUTBOUND)
-    assert (tally.lost, tally.reordered) == (0, 0), tally
+    tally, where = rig.arrived(OUTBOUND)
+    assert (tally.lost, tally.reordered) == (0, 0), (tally, where)
     assert tally.duplicates <= (0 if rig.remembers else CUTS * WINDOW), tally
 
 
@@ -168,6 +193,25 @@ def test_what_the_hub_holds_reaches_a_local_subscriber_once_through_three_cuts(r
 
 
 @pytest.mark.timeout(240)
+def test_more_than_a_stream_has_room_for_stays_at_the_hub_and_comes_once_in_order_when_there_is(rig: Rig) -> None:
+    maps = [encode(b"%-250000d" % n, message_id=f"map-{n}", subject="line") for n in range(MAPS)]
+    rig.loop.run(harness.put(rig.hub.port, f"{rig.into}.maps", maps, durable=rig.durable))
+    harness.wait_until(
+        lambda: any("no room for stream maps" in note for note in rig.daemon.notes()), 60, "word of the full stream"
+    )
+    rss = rig.daemon.status()["rss_bytes"]
+    assert rss < RSS_BYTES_MAX, "of what the hub may send ahead, no more is held than is said"
+    rig.fill(10)
+    subscriber = harness.Subscriber(rig.mqtt_port, "maps/#")
+    with harness.closing(subscriber):
+        harness.wait_until(lambda: len(subscriber.arrived) >= MAPS, 80, "all maps")
+        time.sleep(0.5)
+    assert harness.Tally.of(subscriber.arrived, MAPS) == harness.Tally(0, 0, 0)
+    assert rig.daemon.waiting("commands") == 10, "the other streams had nothing of it"
+    assert not rig.daemon.notes()
+
+
+@pytest.mark.timeout(240)
 def test_a_hub_that_is_killed_and_comes_back_has_everything(rig: Rig) -> None:
     publisher = harness.Publisher(rig.mqtt_port, "train/speed", INBOUND)
     with harness.closing(publisher):
@@ -179,8 +223,8 @@ def test_a_hub_that_is_killed_and_comes_back_has_everything(rig: Rig) -> None:
         rig.hub.start()
         publisher.finish()
     rig.drained()
-    tally = rig.arrived(INBOUND)
-    assert (tally.lost, tally.reordered) == (0, 0), tally
+    tally, where = rig.arrived(INBOUND)
+    assert (tally.lost, tally.reordered) == (0, 0), (tally, where)
     assert tally.duplicates <= (0 if rig.remembers else WINDOW), tally
 
 
@@ -214,7 +258,7 @@ def test_a_daemon_killed_three_times_loses_nothing_it_acknowledged(rig: Rig) -> 
             rig.daemon.start()
         publisher.finish()
     rig.drained()
-    tally = rig.arrived(KILLED)
-    assert (tally.lost, tally.reordered) == (0, 0), (tally, seed)
+    tally, where = rig.arrived(KILLED)
+    assert (tally.lost, tally.reordered) == (0, 0), (tally, where, seed)
     # What was journaled but not yet acknowledged comes from the publisher a second time, as another message.
     assert tally.duplicates <= CUTS * (MQTT_WINDOW + (0 if rig.remembers else WINDOW)), (tally, seed)

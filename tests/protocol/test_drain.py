@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gateway.amqp.message import decode, encode
-from gateway.uplink.drain import RESEND_S_MAX, RESEND_S_MIN, WINDOW_BYTES_MAX, Drain
+from gateway.uplink.drain import RESEND_S_MAX, RESEND_S_MIN, WINDOW_BYTES_MAX, WORKED_OFF_S, Drain
 from storeforward.journal import Journal
 from storeforward.streams import Cursor, Stream
 from tests.wire import NOW, Wire
@@ -30,10 +30,16 @@ class Bench:
         self.cursor: Cursor = self.journal.cursor(self.stream, "uplink", "uplink")
 
     def attach(
-        self, credit: int = 100, window: int = 100, max_message_bytes: int = 0, *, shared: bool = False
+        self,
+        credit: int = 100,
+        window: int = 100,
+        max_message_bytes: int = 0,
+        *,
+        shared: bool = False,
+        gently: bool = False,
     ) -> Bench:
         self.wire.attach(credit, max_message_bytes)
-        self.drain = Drain(self.journal, self.stream, self.cursor, window, shared=shared)
+        self.drain = Drain(self.journal, self.stream, self.cursor, window, shared=shared, gently=gently)
         self.drain.attached(self.wire.sender, NOW)
         return self
 
@@ -504,3 +510,76 @@ def test_after_a_release_a_shared_line_waits_and_goes_on_in_order_as_one_of_its_
     bench.wake(NOW + 60)
     assert bench.drain.has_more
     assert turn(bench, 1 << 20)[1] == "b"
+
+
+def _all_sent(bench: Bench) -> list[str]:
+    """What goes at a time while the hub accepts each time all of it."""
+    batches = []
+    while got := bench.wake():
+        bench.journal.commit_now()
+        batches.append("".join(payload for _, payload in got))
+        bench.accept(*(handle for handle, _ in got))
+    return batches
+
+
+def test_a_hub_that_may_still_work_off_the_last_connection_gets_its_messages_again_by_and_by(bench: Bench) -> None:
+    bench.attach(gently=True).put(*"abcdefg")
+    got = bench.wake()
+    assert "".join(p for _, p in got) == "abcdefg", "nothing was sent before"
+    bench.accept(got[0][0])
+    bench.wake()
+    bench.put(*"hijkl")
+    bench.wake()
+    bench.drain.detached()
+    bench.put(*"mnop")
+    bench.wire.attach(100)
+    bench.drain.attached(bench.wire.sender, NOW)
+    first = bench.wake()
+    assert [p for _, p in first] == ["b"]
+    assert bench.sent() == "", "not before its outcome"
+    bench.accept(first[0][0])
+    assert _all_sent(bench) == ["cd", "efgh", "ijkl", "mnop"]
+    bench.put(*"qrs")
+    assert bench.sent() == "qrs", "settled, so nobody else sends it"
+
+
+def test_so_it_does_from_the_start_when_that_connection_breaks_too(bench: Bench) -> None:
+    bench.attach(gently=True).put(*"abcdefgh")
+    bench.wake()
+    for breaks in range(2):
+        bench.drain.detached()
+        bench.wire.attach(100)
+        bench.drain.attached(bench.wire.sender, NOW)
+        ((handle, _),) = bench.wake()
+        bench.accept(handle)
+        assert bench.sent() == ("bc", "cd")[breaks]
+    bench.drain.detached()
+    bench.wire.attach(100)
+    bench.drain.attached(bench.wire.sender, NOW)
+    assert _all_sent(bench) == ["c", "de", "fgh"]
+
+
+def test_what_an_earlier_process_may_have_sent_goes_by_and_by_too(bench: Bench) -> None:
+    bench.attach(window=6, gently=True).put(*"abcdefgh")
+    bench.wake()
+    bench.drain.detached()
+    bench.attach(window=6, gently=True)
+    assert _all_sent(bench) == ["a", "bc", "def", "gh"]
+
+
+def test_a_hub_that_remembers_nothing_gets_a_window_at_once_after_a_cut(bench: Bench) -> None:
+    bench.attach().put(*"abcdefg")
+    bench.wake()
+    bench.drain.detached()
+    bench.wire.attach(100)
+    bench.drain.attached(bench.wire.sender, NOW)
+    assert bench.sent() == "abcdefg"
+
+
+def test_so_it_does_where_the_hub_has_had_the_time_to_work_it_off(bench: Bench) -> None:
+    bench.attach(gently=True).put(*"abcdefg")
+    bench.wake()
+    bench.drain.detached()
+    bench.wire.attach(100)
+    bench.drain.attached(bench.wire.sender, NOW + WORKED_OFF_S + 0.1)
+    assert bench.sent(NOW + WORKED_OFF_S + 0.1) == "abcdefg"

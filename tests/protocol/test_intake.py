@@ -71,6 +71,38 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench.journal.close()
 
 
+def test_the_larger_messages_are_the_fewer_may_be_on_their_way(bench: Bench) -> None:
+    def arrives(*bodies: bytes) -> int:
+        bench.send(*bodies)
+        bench.journal.commit_now()
+        bench.outcomes()
+        return bench.wire.sender.credit
+
+    large = encode(bytes(2 << 20), subject="go")
+    assert bench.wire.sender.credit == 20
+    assert arrives(large) == 19, "what was granted stands, and nothing is added to it"
+    assert arrives(*[large] * 19) == 7
+    credit = 7
+    for _ in range(100):
+        credit = arrives(*[message("small")] * credit)
+    assert credit == 20
+
+
+def test_a_full_stream_that_was_sent_too_much_at_once_is_overfull(bench: Bench) -> None:
+    bench.journal.close()
+    bench.open(bytes_max=1 << 20)
+    large = encode(bytes(1000 << 10), subject="go")
+    bench.send(large)
+    assert bench.intake.staged
+    bench.journal.commit_now()
+    assert not bench.intake.staged
+    bench.send(*[large] * 16)
+    assert not bench.intake.overfull
+    bench.send(large)
+    assert bench.intake.overfull
+    assert len(bench.outcomes()) == 1, "the rest is the peer's"
+
+
 def test_nothing_is_settled_before_the_commit_and_all_in_order_after_it(bench: Bench) -> None:
     bench.send(message("a", "1"), message("b", "2"), message("c"))
     assert bench.outcomes() == []

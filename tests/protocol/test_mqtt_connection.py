@@ -776,7 +776,7 @@ def test_a_large_packet_in_small_pieces_costs_no_more_than_its_size() -> None:
     for at in range(0, len(data), 1400):
         events += conn.receive(data[at : at + 1400], 0.0)
     assert len(messages(events)[0][5]) == 16 << 20
-    assert time.perf_counter() - begun < 2.0  # joined at every piece it would be 100 GB of copying
+    assert time.perf_counter() - begun < 10.0  # joined at every piece it would be 100 GB of copying
 
 
 # ----------------------------------------------------------------------------------------------- measuring

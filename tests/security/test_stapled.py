@@ -35,7 +35,7 @@ from tests.pki import DAY, Pki
 from tests.security.test_tls import handshake
 from tests.stapling import HOUR, LyingServer, Signer, StaplingServer, answer, authority, read
 
-WAIT_S = 10.0
+WAIT_S = 40.0
 SETTINGS = ("off", "if-stapled", "require")
 MINUTE = datetime.timedelta(minutes=1)
 OCSP_SIGNING = ExtendedKeyUsageOID.OCSP_SIGNING
