@@ -98,7 +98,7 @@ class Slices:
     def release(self) -> None:
         self._held = False
         if not (self._waits or self._looking):
-            self._go_on()
+            self._again()
 
     def end(self) -> bytes:
         """The connection is gone. What was not looked at, if it may be looked at now."""
@@ -112,8 +112,12 @@ class Slices:
         """
         self.end()
         transport = self._transport
-        if transport.can_write_eof():
-            transport.write_eof()
+        try:
+            if transport.can_write_eof():
+                transport.write_eof()
+        except OSError:  # the peer has reset the connection, and asyncio does not know yet
+            self.abort()
+            return
         if not self._reading:
             transport.resume_reading()
         self._loop.call_later(LINGER_S, self.abort)
@@ -139,7 +143,7 @@ class Slices:
         self._waits = False
         try:
             self._go_on()
-        except Exception:  # as in `data_received`: only this connection pays
+        except Exception:  # as in `data_received`: only this connection pays, and not the commit that may have called
             log.exception("a connection failed; it is closed")
             self.abort()
 

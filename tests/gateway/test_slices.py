@@ -1,0 +1,97 @@
+"""One connection's input, where things go wrong; what it does for the others is measured in test_fairness."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from gateway.slices import DISCARDED_BYTES_MAX, Looked, Slices
+from gateway.turns import Account, Turns
+
+
+class Transport(asyncio.Transport):
+    def __init__(self, *, gone: bool = False) -> None:
+        super().__init__()
+        self.gone = gone
+        self.aborted = False
+        self.reading = True
+        self.ended = False
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        if self.gone:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        self.ended = True
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def play(transport: Transport, look: Callable[[bytes], Looked], story: Callable[[Slices], None]) -> None:
+    async def run() -> None:
+        story(Slices(Turns(asyncio.get_running_loop()), Account(), transport, look, gated=False))
+
+    asyncio.run(run())
+
+
+def nothing(data: bytes) -> Looked:
+    return Looked(0, 0, False, 0.0)
+
+
+def broken(data: bytes) -> Looked:
+    raise ValueError("our own mistake")
+
+
+def test_a_peer_that_has_reset_the_connection_already_is_told_nothing() -> None:
+    """asyncio hears of it later, and says so at the half-close: amid a commit that would end the daemon."""
+    transport = Transport(gone=True)
+    play(transport, nothing, lambda slices: slices.last_words())
+    assert transport.aborted
+
+
+def test_after_the_last_words_nothing_is_looked_at_and_only_so_much_is_read() -> None:
+    def story(slices: Slices) -> None:
+        slices.hold()
+        slices.feed(b"held")
+        slices.last_words()
+        slices.release()
+        assert transport.ended
+        assert transport.reading
+        for _ in range(DISCARDED_BYTES_MAX >> 20):
+            slices.feed(bytes(1 << 20))
+        assert not transport.aborted
+        slices.feed(b"more")
+
+    transport = Transport()
+    play(transport, broken, story)
+    assert transport.aborted
+
+
+def test_our_own_mistake_with_what_was_held_ends_that_connection_and_not_who_released_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """That is a commit, often."""
+
+    def story(slices: Slices) -> None:
+        slices.hold()
+        slices.feed(b"held")
+        slices.release()
+
+    transport = Transport()
+    play(transport, broken, story)
+    assert transport.aborted
+    assert "a connection failed; it is closed" in caplog.text
