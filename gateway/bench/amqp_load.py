@@ -48,6 +48,8 @@ class _App:
         self._sampled = 0
         self._sampled_at = 0.0
         self.attached = asyncio.Event()
+        self._sender: Sender | None = None
+        self._begun = False
         self.fault: str | None = None
         self.protocol: AmqpProtocol | None = None
 
@@ -72,7 +74,8 @@ class _App:
             match event:
                 case Credit(sender) | Settled(sender):
                     self._push(sender)
-                case LinkAttached():
+                case LinkAttached(sender) if isinstance(sender, Sender):
+                    self._sender = sender
                     self.attached.set()
                 case Failed(condition, description) | RemoteClosed(condition, description):
                     self._failed(f"{condition}: {description}")
@@ -88,7 +91,16 @@ class _App:
         self.fault = self.fault or why
         self.attached.set()
 
+    def begin(self) -> None:
+        """Send from now on: not while others still attach, who would wait for a machine that is busy with these."""
+        self._begun = True
+        if self._sender is not None and self.protocol is not None:
+            self._push(self._sender)
+            self.protocol.schedule_flush()
+
     def _push(self, sender: Sender) -> None:
+        if not self._begun:
+            return
         for outcome in sender.take_outcomes():
             if outcome.kind is not OutcomeKind.ACCEPTED:
                 self._failed(f"a message was {outcome.kind.value}: {outcome.condition}")
@@ -114,6 +126,8 @@ async def run(load: Load) -> Result:
             for app in apps:
                 await app.connect()
                 await app.attached.wait()
+        for app in apps:
+            app.begin()
         await _watched(apps, load.warm_s)
         began, cpu, before = time.perf_counter(), time.process_time(), sum(a.accepted for a in apps)
         for app in apps:

@@ -231,15 +231,17 @@ def in_turns(
                     continue
                 bench.say(f"{measure}: {case.name}, {peer.name}, round {number + 1} of {bench.scale.rounds}")
                 try:
-                    place = bench.place(f"{measure}-{peer.name.replace(', ', '-').replace(' ', '-')}")
-                    if not peer.slow:
-                        with _prepared(peer, place) as part:
-                            found[peer.name].append(drive(part, case, bench.scale))
-                        shutil.rmtree(place, ignore_errors=True)
+                    if peer.name in kept:
+                        found[peer.name].append(drive(kept[peer.name], case, bench.scale))
                         continue
-                    if peer.name not in kept:
+                    place = bench.place(f"{measure}-{peer.name.replace(', ', '-').replace(' ', '-')}")
+                    if peer.slow:
                         kept[peer.name] = stack.enter_context(_prepared(peer, place))
-                    found[peer.name].append(drive(kept[peer.name], case, bench.scale))
+                        found[peer.name].append(drive(kept[peer.name], case, bench.scale))
+                        continue
+                    with _prepared(peer, place) as part:
+                        found[peer.name].append(drive(part, case, bench.scale))
+                    shutil.rmtree(place, ignore_errors=True)
                 except TROUBLE as error:
                     skipped[peer.name] = _reason(error)
     ours = [each.per_s for each in found[contenders[0].name]]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 class Row:
     """One contender in one case. `rounds` in the order they were run; `ratio` is ours to this one, by pairs of rounds.
 
-    `skipped`: why there is no figure. Times in milliseconds, CPU in microseconds of the server a message.
+    `skipped`: why there is no figure, or fewer rounds. Times in milliseconds, CPU in microseconds of the server a
+    message.
     """
 
     measure: str

@@ -103,7 +103,10 @@ def _print(rows: list[Row], judged: list[Judged]) -> None:
         value = "skipped" if row.value is None else show(row.value, row.unit)
         latencies = (figure(row.p50_ms, ".2f"), figure(row.p99_ms, ".2f"))
         costs = (figure(row.cpu_us, ".1f"), figure(row.ratio, ".2f"))
-        table.append((row.measure, row.case, row.who, value, *latencies, *costs, row.skipped or row.durability or "-"))
+        meaning = row.durability or "-"
+        if row.skipped:
+            meaning = f"{meaning}; only {len(row.rounds)} rounds: {row.skipped}" if row.rounds else row.skipped
+        table.append((row.measure, row.case, row.who, value, *latencies, *costs, meaning))
     columns = ("measure", "case", "who", ">median", ">p50 ms", ">p99 ms", ">CPU µs", ">ours ×", "acknowledged means")
     print_table(columns, table)
     click.echo()

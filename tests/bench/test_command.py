@@ -111,6 +111,25 @@ def test_contenders_take_turns_and_one_that_fails_does_not_end_the_run(tmp_path:
     assert [text.split(", ")[2] for text in said if "lineside" in text] == ["lineside"] * 2
 
 
+def test_a_peer_that_is_slow_to_start_is_kept_for_all_its_rounds(tmp_path: Path) -> None:
+    if program("mosquitto") is None:
+        pytest.skip("mosquitto is not installed")
+    made: list[Path] = []
+
+    def make(directory: Path) -> Mosquitto:
+        made.append(directory)
+        return Mosquitto(directory=directory)
+
+    slow = Peer("slow", "none", make, slow=True)
+    place = Bench(tmp_path, issue(tmp_path / "pki"), TINY, lambda text: None)
+    from gateway.bench.measures import _publish
+
+    ours, theirs = in_turns(place, "intake", Case(), [lineside(place.pki), slow], _publish)
+    assert (ours.skipped, theirs.skipped) == (None, None)
+    assert len(theirs.rounds) == TINY.rounds
+    assert len(made) == 1
+
+
 def test_a_filled_journal_holds_as_many_rows_as_were_asked_for(tmp_path: Path) -> None:
     fill(tmp_path / "state", 2500, lambda text: None)
     fill(tmp_path / "state", 3001, lambda text: None)
