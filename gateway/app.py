@@ -24,6 +24,7 @@ from gateway.accepting import Server, open_server
 from gateway.access import Access
 from gateway.activation import PassedSockets, stored_name
 from gateway.amqp.listener import AmqpListener
+from gateway.beats import call_at_next
 from gateway.bridge_flow import release
 from gateway.broker import Broker
 from gateway.certificates import Certificates
@@ -331,7 +332,7 @@ class App:
             self.journal.reclaim()
         if self.journal.pending:
             self.committer.kick()
-        self._loop.call_later(CURSORS_S, self._write_cursors)
+        call_at_next(self._loop, CURSORS_S, self._write_cursors)
 
     def _publish_sys(self) -> None:
         if self._mqtt is not None and self.config.mqtt is not None:
@@ -343,7 +344,7 @@ class App:
         settled = sum(h.settled for h in self._hubs)
         self._rates = (received - self._counted[0]) / RATE_S, (settled - self._counted[1]) / RATE_S
         self._counted = received, settled
-        self._loop.call_later(RATE_S, self._measure)
+        call_at_next(self._loop, RATE_S, self._measure)
 
     def _beat(self) -> None:
         """The watchdog hears from the loop itself: a loop that hangs is a daemon that hangs."""

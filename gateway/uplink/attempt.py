@@ -147,9 +147,7 @@ class Attempt:
     async def _reach(self) -> socket.socket:
         """A TCP connection to the first address of the name that takes one. Raises OSError."""
         url, refused = self.url, OSError("the name has no address")
-        for family, kind, protocol, _, address in await self._loop.getaddrinfo(
-            url.host, url.port, type=socket.SOCK_STREAM
-        ):
+        for family, kind, protocol, _, address in await _addresses(self._loop, url):
             sock = socket.socket(family, kind, protocol)
             try:
                 sock.setblocking(False)
@@ -289,6 +287,14 @@ class Attempt:
             self._owner.lost(self, error, failure)
         else:
             self._owner.attempt_failed(self, failure, error, self._waited_s)
+
+
+async def _addresses(loop: asyncio.AbstractEventLoop, url: HubUrl) -> list[Any]:
+    """Of a name; an address stands for itself, and is not worth a thread with every attempt. Raises OSError."""
+    try:
+        return socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return await loop.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
 
 
 class HubTls:

@@ -18,6 +18,7 @@ from gateway.amqp.engine import Receiver, Sender
 from gateway.amqp.events import Credit, Deliveries, Event, LinkAttached, LinkClosed, Settled
 from gateway.amqp.message import Message
 from gateway.amqp.termini import Durability, Expiry, Terminus
+from gateway.beats import call_at_next
 from gateway.config import Hub, Inbound, Outbound
 from gateway.errors import PeerError
 from gateway.mqtt.topics import check_topic
@@ -163,7 +164,6 @@ class HubLink:
 
     def start(self) -> None:
         self._schedule()
-        self._watch()
 
     def stop(self) -> None:
         self.state.stop(self._loop.time())
@@ -320,6 +320,8 @@ class HubLink:
             if (way.reattach_at is None or now >= way.reattach_at) and (not way.handed_back or self._may_attach(way)):
                 self._attach(way, now)
         self._schedule()
+        if self._watch_timer is None:
+            self._watch_timer = call_at_next(self._loop, WATCH_S, self._watch)
         return True
 
     def lost(self, attempt: Attempt, error: str, failure: Failure) -> None:
@@ -597,10 +599,11 @@ class HubLink:
     # ------------------------------------------------------------------ watching
 
     def _watch(self) -> None:
-        self._watch_timer = self._loop.call_later(WATCH_S, self._watch)
         attempt = self._active
         if attempt is None or attempt.protocol is None:
+            self._watch_timer = None
             return
+        self._watch_timer = call_at_next(self._loop, WATCH_S, self._watch)
         now = self._loop.time()
         fault = self._fault(attempt, now)
         if fault is not None:
