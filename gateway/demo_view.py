@@ -36,7 +36,8 @@ class View:
     def __enter__(self) -> View:
         self._console.print(
             "[bold]Lineside demo[/]: apps on a train publish over MQTT; the gateway journals\n"
-            f"and forwards to a hub over AMQP 1.0; the line goes through three tunnels. About {self._seconds:g} s.\n"
+            "what they say and forwards it to a hub over AMQP 1.0; the line goes through\n"
+            f"three tunnels. About {self._seconds:g} s.\n"
         )
         if self._live is not None:
             self._live.start()
