@@ -22,6 +22,7 @@ CONFIG = """\
 [gateway]
 id = "loco-4711"
 state_dir = "{state}"
+{more_gateway}
 log_level = "warning"
 [mqtt]
 listen = ["127.0.0.1:{mqtt}"]
@@ -114,11 +115,12 @@ class Daemon(Part):
         *,
         amqp: bool = False,
         state_dir: Path | None = None,
+        gateway: str = "",
         mqtt: str = "",
         more: str = "",
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`amqp`: listen for AMQP apps, too, at `amqp_port`. `mqtt` goes into that table, `more` to the end."""
+        """`amqp`: listen for AMQP apps, too, at `amqp_port`. `gateway`, `mqtt`: go into those tables; `more`: to the end."""
         super().__init__(directory)
         self.amqp_port = free_port() if amqp else None
         self._clients = clients
@@ -126,6 +128,7 @@ class Daemon(Part):
         self._hub_port = hub_port
         self._pki = pki
         self.state_dir = state_dir or self.directory / "state"
+        self._gateway = gateway
         self._mqtt = mqtt
         self._more = more
         self._environment = environment or {}
@@ -139,6 +142,7 @@ class Daemon(Part):
             pki=self._pki,
             clients=self._clients,
             amqp=amqp,
+            more_gateway=self._gateway,
             more_mqtt=self._mqtt,
             more=self._more,
         )

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import resource
+import secrets
 import shutil
 import subprocess
 import sys
@@ -336,6 +337,20 @@ def rules(bench: Bench) -> Iterator[Row]:
     yield from in_turns(
         bench, "rules", case, [peers.lineside(bench.pki, mqtt="allow_anonymous = true", more=RULES), *theirs], _publish
     )
+
+
+def sealed(bench: Bench) -> Iterator[Row]:
+    """Intake into a journal that is encrypted, beside one that is not. Ours are both."""
+    key = bench.directory / "journal-key"
+    key.touch(0o600)
+    key.write_text(f"{secrets.token_hex(32)}\n")
+    option = f'encryption_keys = ["{key}"]'
+    contenders = [
+        Peer(OURS, "after fsync, AES-256-GCM", lambda d: Daemon(bench.pki, 1, d, gateway=option), queues=False),
+        replace(peers.lineside(bench.pki), name="not encrypted"),
+    ]
+    for case in [Case(), Case(size_bytes=1024)]:
+        yield from in_turns(bench, "sealed", case, contenders, _publish)
 
 
 def growth(bench: Bench) -> Iterator[Row]:
@@ -686,6 +701,7 @@ MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "amqp-intake": amqp_intake,
     "latency": latency,
     "rules": rules,
+    "sealed": sealed,
     "growth": growth,
     "slow-disk": slow_disk,
     "drain": drain,
