@@ -120,7 +120,7 @@ class Daemon(Part):
         more: str = "",
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`amqp`: listen for AMQP apps, too, at `amqp_port`. `gateway`, `mqtt`: go into those tables; `more`: to the end."""
+        """`amqp`: for AMQP apps, too, at `amqp_port`. `gateway` and `mqtt` go into those tables, `more` to the end."""
         super().__init__(directory)
         self.amqp_port = free_port() if amqp else None
         self._clients = clients
