@@ -242,7 +242,7 @@ class HubLink:
         now = self._loop.time()
         if self.state.state is State.UP:
             self.state.failed_back_later(now)
-            self._spawn(self._probe_first())
+            self._spawn(self._probe_first(self._active))
         elif self.state.state is not State.STOPPED:
             self._make_way_for_another()
             url = self.state.dial(now)
@@ -272,8 +272,8 @@ class HubLink:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _probe_first(self) -> None:
-        """Is the preferred address back? If so: let the window empty, then go there."""
+    async def _probe_first(self, attempt: Attempt | None) -> None:
+        """Is the preferred address back? If so: let the window of this connection empty, then go there."""
         url = self.hub.urls[0]
         try:
             async with asyncio.timeout(self.hub.connect_timeout_s):
@@ -284,6 +284,8 @@ class HubLink:
             log.debug("first address still away", extra={"hub": self.hub.name, "url": str(url), "error": str(error)})
             return
         writer.transport.abort()
+        if self._active is not attempt:  # lost meanwhile, and the next one may be to that address already
+            return
         self._failing_back = True
         for way in self._ways:
             if way.drain is not None:

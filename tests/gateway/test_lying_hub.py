@@ -21,7 +21,7 @@ from gateway.amqp.sasl import SaslServer
 from gateway.committer import Committer
 from gateway.config import loads
 from gateway.uplink.hub import HubLink
-from gateway.uplink.state import ATTEMPTS_MAX, STAGGER_S
+from gateway.uplink.state import ATTEMPTS_MAX, STAGGER_S, Failure
 from storeforward.journal import Journal
 from tests.pki import Pki
 
@@ -317,6 +317,24 @@ def test_a_hub_that_gives_no_credit_is_named_and_has_everything_once_it_does(tmp
             receiver.topup(100)
             await bench.drained("abcde")
             assert bench.link.describe()["notes"] == []
+
+    run(story())
+
+
+def test_a_look_at_the_first_address_that_outlives_its_connection_does_not_end_the_next_one(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            link = bench.link
+            link.start()
+            await bench.until(lambda: link.describe()["state"] == "up")
+            look = asyncio.create_task(link._probe_first(link._active))
+            await asyncio.sleep(0)
+            assert not look.done()
+            link._active.fail("the line is silent", Failure.UNREACHABLE)
+            await look
+            bench.put(*"abc")
+            await bench.drained("abc")
+            assert link.describe()["connected"] == 2
 
     run(story())
 
