@@ -145,7 +145,7 @@ class HubLink:
             if isinstance(way.config, Outbound):
                 way.queue = self._fair.add(Class(way.config.class_), way)
         self._bucket = None if hub.rate is None else Bucket(hub.rate, self._loop.time())
-        self._gauge = Gauge(self._loop.time(), rate_max=hub.rate or math.inf)
+        self._gauge = Gauge(rate_max=hub.rate or math.inf)
         self._pump_timer: asyncio.TimerHandle | None = None
         self._attempts: dict[Attempt, None] = {}
         self._active: Attempt | None = None
@@ -312,7 +312,7 @@ class HubLink:
         assert attempt.protocol is not None
         self._throttle = Throttle(self.journal, attempt.protocol)
         # The same line, most likely: a narrow one is not flooded first.
-        self._gauge = Gauge(now, self._gauge.limit, self.hub.rate or math.inf)
+        self._gauge = Gauge(self._gauge.limit, self.hub.rate or math.inf)
         self.state.opened(now, str(attempt.url))
         for other in list(self._attempts):
             other.abort()
