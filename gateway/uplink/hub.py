@@ -178,6 +178,7 @@ class HubLink:
             self._active.protocol.close()
         for way in self._ways:
             if way.drain is not None:
+                way.drain.paused = True  # answers to what was sent still count, but nothing is held for this link
                 self.journal.hold(way.stream, False, self._loop.time())
 
     def committed(self) -> None:

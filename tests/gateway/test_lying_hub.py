@@ -339,6 +339,23 @@ def test_a_look_at_the_first_address_that_outlives_its_connection_does_not_end_t
     run(story())
 
 
+def test_nothing_is_held_for_a_link_that_was_stopped(tmp_path: Path) -> None:
+    """Its connection may still bring answers, while the link that takes its place is on its way."""
+
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            link = bench.link
+            bench.put(*"abc")
+            link.start()
+            await bench.until(lambda: len(bench.good.got) == 3)
+            [drain] = [way.drain for way in link._ways]
+            await bench.until(lambda: drain.flows)
+            link.stop()
+            assert not drain.flows
+
+    run(story())
+
+
 def test_settling_out_of_order_moves_the_cursor_only_without_gaps(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench_at(tmp_path) as bench:
