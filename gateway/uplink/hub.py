@@ -610,7 +610,7 @@ class HubLink:
         now = self._loop.time()
         fault = self._fault(attempt, now)
         if fault is not None:
-            attempt.fail(fault, Failure.UNREACHABLE if "silent" in fault else Failure.HANDSHAKE)
+            attempt.fail(*fault)
             return
         for way in self._ways:
             due = way.reattach_at is not None and now >= way.reattach_at
@@ -635,12 +635,12 @@ class HubLink:
         self.state.fail_back(now)
         self._schedule()
 
-    def _fault(self, attempt: Attempt, now: float) -> str | None:
-        """Whether the connection is dead though nobody said so."""
+    def _fault(self, attempt: Attempt, now: float) -> tuple[str, Failure] | None:
+        """Whether the connection is dead though nobody said so, and what that means for the next attempt."""
         carried, moving = attempt.carried()
         for way in self._ways:
             if way.attach_by is not None and now > way.attach_by:
-                return f"no answer to the attach of {way.config.address_for(self.gateway)}"
+                return f"no answer to the attach of {way.config.address_for(self.gateway)}", Failure.HANDSHAKE
             since = None if way.drain is None else way.drain.stalled_since()
             if since is not None and way.drain is not None:
                 # The peer cannot answer for what the line still carries, however slowly, as long as it does.
@@ -649,8 +649,9 @@ class HubLink:
                     way.progress_at = now
                 since = max(since, way.progress_at)
             if since is not None and now - since > self.hub.settle_timeout_s:
-                return f"nothing settled for {self.hub.settle_timeout_s:g} s on {way.config.address_for(self.gateway)}"
+                text = f"nothing settled for {self.hub.settle_timeout_s:g} s on {way.config.address_for(self.gateway)}"
+                return text, Failure.HANDSHAKE
         silent = attempt.silent_ms()
         if silent > max(SILENT_MS_MAX, 0 if self.hub.rate is None else SILENT_BYTES * 1000 / self.hub.rate):
-            return f"the line is silent: nothing acknowledged for {silent} ms"
+            return f"the line is silent: nothing acknowledged for {silent} ms", Failure.UNREACHABLE
         return None

@@ -356,6 +356,32 @@ def test_nothing_is_held_for_a_link_that_was_stopped(tmp_path: Path) -> None:
     run(story())
 
 
+def test_what_a_fault_means_does_not_depend_on_the_name_of_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf(Hub):
+        def on_events(self, engine: Engine, events: list[Event]) -> None:
+            super().on_events(engine, [event for event in events if not isinstance(event, LinkAttached)])
+
+    async def story() -> None:
+        async with bench_at(tmp_path, more=SECOND_STREAM.replace("full", "silent")) as bench:
+            bench.factory = Deaf().protocol
+            ends: list[tuple[str, Failure]] = []
+            lost = bench.link.lost
+
+            def noted(attempt: Any, error: str, failure: Failure) -> None:
+                ends.append((error, failure))
+                lost(attempt, error, failure)
+
+            monkeypatch.setattr(bench.link, "lost", noted)
+            bench.link._ways.reverse()
+            bench.link.start()
+            await bench.until(lambda: ends)
+            assert ends[0] == ("no answer to the attach of silent", Failure.HANDSHAKE)
+
+    run(story())
+
+
 def test_settling_out_of_order_moves_the_cursor_only_without_gaps(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench_at(tmp_path) as bench:
