@@ -30,6 +30,7 @@ class Throttle:
         if not self._paused:
             self._paused = True
             self._connection.pause_reading()
+            self._journal.intake()  # or this might wait for the hub's answer, which would not be read
             self._journal.wait(self, None)
 
     def committed(self, tokens: list[None]) -> None:

@@ -41,7 +41,6 @@ BOOT_S = 300.0
 WAIT_S = 180.0
 WINDOW = 200
 BACKLOG = 100_000
-GAP_S_MAX = 2.0
 
 CONFIG = """
 [gateway]

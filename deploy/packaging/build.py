@@ -27,7 +27,6 @@ import lockfile
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PREFIX = "opt/lineside"
-PIP_MIN = (23, 0)
 MAINTAINER_SCRIPTS = ("preinst", "postinst", "prerm", "postrm")
 # What a virtual environment holds only for people who type `activate`.
 NOT_FOR_A_SERVICE = ("activate", "activate.csh", "activate.fish", "Activate.ps1")

@@ -54,10 +54,6 @@ class Address:
     def is_reply(self) -> bool:
         return self.topic.startswith(REPLY_PREFIX)
 
-    @property
-    def has_wildcard(self) -> bool:
-        return any(level in ("+", "#") for level in self.topic.split("/"))
-
 
 @dataclass(frozen=True, slots=True)
 class Rule:

@@ -604,11 +604,6 @@ class Engine:
         return self._lost or self._failed or self._closed_here
 
     @property
-    def closed_by_peer(self) -> bool:
-        """Whether the peer has said close."""
-        return self._closed_there
-
-    @property
     def links(self) -> tuple[Sender | Receiver, ...]:
         return tuple(self._links.values())
 

@@ -15,7 +15,6 @@ from gateway.amqp.termini import Terminus
 if TYPE_CHECKING:
     from gateway.amqp.engine import Receiver, Sender, Session
 
-LINK_DETACH_FORCED: Final = "amqp:link:detach-forced"
 LINK_STOLEN: Final = "amqp:link:stolen"
 MESSAGE_SIZE_EXCEEDED: Final = "amqp:link:message-size-exceeded"
 TRANSFER_LIMIT_EXCEEDED: Final = "amqp:link:transfer-limit-exceeded"

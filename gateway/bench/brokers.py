@@ -252,7 +252,30 @@ def _speaks_amqp(port: int) -> bool:
         return False
 
 
-class Artemis(Part):
+class AmqpBroker(Part):
+    """AMQP 1.0 at `url`, and over TLS with a required client certificate at `tls_url`."""
+
+    def __init__(self, directory: Path | None, ca: Path | None, server: Certificate | None) -> None:
+        super().__init__(directory)
+        self._ca = ca
+        self._server = server
+        self.port = free_port()
+        self.tls_port = free_port() if server else None
+
+    @property
+    def url(self) -> str:
+        return f"amqp://{HOST}:{self.port}"
+
+    @property
+    def tls_url(self) -> str:
+        assert self.tls_port is not None, "started without a server certificate"
+        return f"amqps://{HOST}:{self.tls_port}"
+
+    def ready(self) -> bool:
+        return _speaks_amqp(self.port) and (self.tls_port is None or accepts(self.tls_port))
+
+
+class Artemis(AmqpBroker):
     """ActiveMQ Artemis: AMQP 1.0 at `url`, and over TLS with a required client certificate at `tls_url`.
 
     Anonymous clients may do anything, and so may `USER` with `PASSWORD`; a wrong password is refused. Addresses
@@ -274,25 +297,9 @@ class Artemis(Part):
         address_settings: str = "",
     ) -> None:
         """`acceptor` is appended to both acceptors' URLs (";key=value"); `address_settings` is more XML."""
-        super().__init__(directory)
-        self._ca = ca
-        self._server = server
+        super().__init__(directory, ca, server)
         self._acceptor = acceptor
         self._address_settings = address_settings
-        self.port = free_port()
-        self.tls_port = free_port() if server else None
-
-    @property
-    def url(self) -> str:
-        return f"amqp://{HOST}:{self.port}"
-
-    @property
-    def tls_url(self) -> str:
-        assert self.tls_port is not None, "started without a server certificate"
-        return f"amqps://{HOST}:{self.tls_port}"
-
-    def ready(self) -> bool:
-        return _speaks_amqp(self.port) and (self.tls_port is None or accepts(self.tls_port))
 
     def command(self) -> list[str]:
         home = artemis_home()
@@ -484,7 +491,7 @@ appender.console.layout.pattern = %d{HH:mm:ss.SSS} %level [%logger] %msg%n
 """
 
 
-class RabbitMQ(Part):
+class RabbitMQ(AmqpBroker):
     """RabbitMQ with its AMQP 1.0 and MQTT plugins.
 
     Plain at `url` (anonymous or guest/guest), TLS with a required client certificate at `tls_url` (EXTERNAL for
@@ -504,34 +511,21 @@ class RabbitMQ(Part):
         config: str = "",
     ) -> None:
         """`config` is appended to rabbitmq.conf."""
-        super().__init__(directory)
-        self._ca = ca
-        self._server = server
+        super().__init__(directory, ca, server)
         self._client = client
         self._config = config
         self._node = f"lineside-{secrets.token_hex(4)}@localhost"
         self._cookie = secrets.token_hex(16)
         self._epmd_port = free_port()
         self._distribution_port = free_port()
-        self.port = free_port()
         self.mqtt_port = free_port()
-        self.tls_port = free_port() if server else None
-
-    @property
-    def url(self) -> str:
-        return f"amqp://{HOST}:{self.port}"
-
-    @property
-    def tls_url(self) -> str:
-        assert self.tls_port is not None, "started without a server certificate"
-        return f"amqps://{HOST}:{self.tls_port}"
 
     @property
     def mqtt_url(self) -> str:
         return f"mqtt://{HOST}:{self.mqtt_port}"
 
     def ready(self) -> bool:
-        return _speaks_amqp(self.port) and accepts(self.mqtt_port) and (self.tls_port is None or accepts(self.tls_port))
+        return super().ready() and accepts(self.mqtt_port)
 
     def command(self) -> list[str]:
         epmd = f'"{program("epmd")}" -port {self._epmd_port} -address {HOST} &'

@@ -101,6 +101,11 @@ def issue(directory: Path) -> Issued:
     return Issued(ca, holder("localhost", pki.Kind.HUB, local), holder("loco-4711", pki.Kind.GATEWAY, pki.Names()))
 
 
+def import_path(*more: Path) -> str:
+    """PYTHONPATH for child processes that import the same Lineside as this one."""
+    return os.pathsep.join(filter(None, (str(ROOT), *map(str, more), os.environ.get("PYTHONPATH"))))
+
+
 class Daemon(Part):
     """The real daemon with one outbound stream for `bench/#` and a hub at `hub_port`, there or not."""
 
@@ -152,8 +157,7 @@ class Daemon(Part):
         return [sys.executable, "-m", "gateway", "run", "--config", str(self.directory / "lineside.toml")]
 
     def environment(self) -> dict[str, str]:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        return {"PYTHONPATH": path, "NOTIFY_SOCKET": "", "WATCHDOG_USEC": "", **self._environment}
+        return {"PYTHONPATH": import_path(), "NOTIFY_SOCKET": "", "WATCHDOG_USEC": "", **self._environment}
 
     def ready(self) -> bool:
         try:

@@ -15,7 +15,7 @@ import struct
 import time
 from dataclasses import asdict, dataclass
 
-from gateway.bench.load import LoadError, _packet, _read_packet, _string, connect
+from gateway.bench.load import LoadError, _packet, _string, connect, subscribed
 
 TOPIC = b"fan/out"
 STAMP = struct.Struct("!dI")
@@ -54,12 +54,8 @@ class Result:
 
 class _Subscriber:
     def __init__(self, fan: Fan, number: int, packet_bytes: int) -> None:
-        self.sock, _ = connect(fan.host, fan.port, f"fan-{number}", fan.version, durable=fan.durable)
-        properties = b"\0" if fan.version == 5 else b""
-        self.sock.sendall(_packet(0x82, b"\0\1" + properties + _string(TOPIC) + b"\1"))
-        kind, body = _read_packet(self.sock)
-        if kind != 0x90 or body[-1] != 1:
-            raise LoadError(f"subscription refused: packet type {kind >> 4}, reason code {body[-1]}")
+        name = f"fan-{number}"
+        self.sock = subscribed(fan.host, fan.port, name, TOPIC.decode(), fan.version, durable=fan.durable)
         self.sock.setblocking(False)
         self.next = 0
         self.repeated = self.reordered = 0

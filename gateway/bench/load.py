@@ -148,9 +148,11 @@ def offline_session(host: str, port: int, client_id: str, topic_filter: str, ver
         sock.sendall(b"\xe0\0")
 
 
-def subscribed(host: str, port: int, client_id: str, topic_filter: str, version: int = 4) -> socket.socket:
-    """A connected durable session with one subscription, QoS 1."""
-    sock, _ = connect(host, port, client_id, version, durable=True)
+def subscribed(
+    host: str, port: int, client_id: str, topic_filter: str, version: int = 4, *, durable: bool = True
+) -> socket.socket:
+    """A connected session with one subscription, QoS 1."""
+    sock, _ = connect(host, port, client_id, version, durable=durable)
     properties = b"\0" if version == 5 else b""
     sock.sendall(_packet(0x82, b"\0\1" + properties + _string(topic_filter.encode()) + b"\1"))
     kind, body = _read_packet(sock)

@@ -27,7 +27,7 @@ from gateway.bench.brokers import (
     program,
     rabbitmq_script,
 )
-from gateway.bench.daemon import ROOT, Certificates, Daemon
+from gateway.bench.daemon import Certificates, Daemon, import_path
 
 MOSQUITTO = """\
 allow_anonymous true
@@ -173,7 +173,7 @@ class RawFile(Part):
         ]
 
     def environment(self) -> dict[str, str]:
-        return {**own_environment(), **self._environment}
+        return {"PYTHONPATH": import_path(), **self._environment}
 
     def ready(self) -> bool:
         return accepts(self.port)
@@ -224,5 +224,4 @@ def thingsboard_path() -> Path | None:
 
 def own_environment(*more: Path) -> dict[str, str]:
     """For child processes that import the same Lineside as this one."""
-    path = os.pathsep.join(filter(None, (str(ROOT), *map(str, more), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path}
+    return {**os.environ, "PYTHONPATH": import_path(*more)}

@@ -518,7 +518,7 @@ def _act(state_dir: Path, config: Path, what: str, ids: list[int]) -> int:
         with Inspection(state_dir):
             pass  # so that a mistyped directory is complained about, and not filled with an empty journal
         seal = resolve_keys(config)
-        _become_owner(state_dir)
+        become_owner(state_dir)
         return (requeue_dead if what == "requeue" else drop_dead)(state_dir, ids, seal)
 
 
@@ -531,7 +531,7 @@ def _ask(state_dir: Path, what: str, ids: list[int]) -> int:
     return count
 
 
-def _become_owner(state_dir: Path) -> None:
+def become_owner(state_dir: Path) -> None:
     """As root, leave no file behind that the daemon's own user could not open."""
     owner = state_dir.stat()
     if os.geteuid() == 0 and owner.st_uid != 0:

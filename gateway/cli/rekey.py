@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gateway.cli.inspect import _become_owner
+from gateway.cli.inspect import become_owner
 from gateway.cli.output import json_option, print_json, resolve_keys, resolve_state_dir, state_options
 from gateway.errors import LinesideError
 
@@ -31,7 +31,7 @@ def rekey(decrypt: bool, config: Path, state_dir: Path | None, as_json: bool) ->
 
     with Inspection(where):
         pass  # so that a mistyped directory is complained about, and not filled with an empty journal
-    _become_owner(where)
+    become_owner(where)
     done, damaged = rewrite(where, seal, decrypt=decrypt)
     if as_json:
         print_json({"rewritten": done, "damaged": damaged, "key": None if decrypt else seal.ids[0]})

@@ -48,7 +48,6 @@ SETTLE_S_MAX = 60.0
 POLL_S = 0.02
 PACE_S = 0.002
 WRITE_S = 0.01
-CYCLES_MAX = 1_000_000
 MISSING_SHOWN = 10
 # The hub sends a client at most so many unacknowledged messages ([mqtt] send_window); so many go again when it dies,
 HUB_WINDOW = 100

@@ -145,7 +145,7 @@ class HubLink:
             if isinstance(way.config, Outbound):
                 way.queue = self._fair.add(Class(way.config.class_), way)
         self._bucket = None if hub.rate is None else Bucket(hub.rate, self._loop.time())
-        self._gauge = Gauge(self._loop.time(), rate_max=hub.rate or math.inf)
+        self._gauge = Gauge(rate_max=hub.rate or math.inf)
         self._pump_timer: asyncio.TimerHandle | None = None
         self._attempts: dict[Attempt, None] = {}
         self._active: Attempt | None = None
@@ -178,6 +178,7 @@ class HubLink:
             self._active.protocol.close()
         for way in self._ways:
             if way.drain is not None:
+                way.drain.paused = True  # answers to what was sent still count, but nothing is held for this link
                 self.journal.hold(way.stream, False, self._loop.time())
 
     def committed(self) -> None:
@@ -242,7 +243,7 @@ class HubLink:
         now = self._loop.time()
         if self.state.state is State.UP:
             self.state.failed_back_later(now)
-            self._spawn(self._probe_first())
+            self._spawn(self._probe_first(self._active))
         elif self.state.state is not State.STOPPED:
             self._make_way_for_another()
             url = self.state.dial(now)
@@ -272,8 +273,8 @@ class HubLink:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _probe_first(self) -> None:
-        """Is the preferred address back? If so: let the window empty, then go there."""
+    async def _probe_first(self, attempt: Attempt | None) -> None:
+        """Is the preferred address back? If so: let the window of this connection empty, then go there."""
         url = self.hub.urls[0]
         try:
             async with asyncio.timeout(self.hub.connect_timeout_s):
@@ -284,6 +285,8 @@ class HubLink:
             log.debug("first address still away", extra={"hub": self.hub.name, "url": str(url), "error": str(error)})
             return
         writer.transport.abort()
+        if self._active is not attempt:  # lost meanwhile, and the next one may be to that address already
+            return
         self._failing_back = True
         for way in self._ways:
             if way.drain is not None:
@@ -310,7 +313,7 @@ class HubLink:
         assert attempt.protocol is not None
         self._throttle = Throttle(self.journal, attempt.protocol)
         # The same line, most likely: a narrow one is not flooded first.
-        self._gauge = Gauge(now, self._gauge.limit, self.hub.rate or math.inf)
+        self._gauge = Gauge(self._gauge.limit, self.hub.rate or math.inf)
         self.state.opened(now, str(attempt.url))
         for other in list(self._attempts):
             other.abort()
@@ -607,7 +610,7 @@ class HubLink:
         now = self._loop.time()
         fault = self._fault(attempt, now)
         if fault is not None:
-            attempt.fail(fault, Failure.UNREACHABLE if "silent" in fault else Failure.HANDSHAKE)
+            attempt.fail(*fault)
             return
         for way in self._ways:
             due = way.reattach_at is not None and now >= way.reattach_at
@@ -632,12 +635,12 @@ class HubLink:
         self.state.fail_back(now)
         self._schedule()
 
-    def _fault(self, attempt: Attempt, now: float) -> str | None:
-        """Whether the connection is dead though nobody said so."""
+    def _fault(self, attempt: Attempt, now: float) -> tuple[str, Failure] | None:
+        """Whether the connection is dead though nobody said so, and what that means for the next attempt."""
         carried, moving = attempt.carried()
         for way in self._ways:
             if way.attach_by is not None and now > way.attach_by:
-                return f"no answer to the attach of {way.config.address_for(self.gateway)}"
+                return f"no answer to the attach of {way.config.address_for(self.gateway)}", Failure.HANDSHAKE
             since = None if way.drain is None else way.drain.stalled_since()
             if since is not None and way.drain is not None:
                 # The peer cannot answer for what the line still carries, however slowly, as long as it does.
@@ -646,8 +649,9 @@ class HubLink:
                     way.progress_at = now
                 since = max(since, way.progress_at)
             if since is not None and now - since > self.hub.settle_timeout_s:
-                return f"nothing settled for {self.hub.settle_timeout_s:g} s on {way.config.address_for(self.gateway)}"
+                text = f"nothing settled for {self.hub.settle_timeout_s:g} s on {way.config.address_for(self.gateway)}"
+                return text, Failure.HANDSHAKE
         silent = attempt.silent_ms()
         if silent > max(SILENT_MS_MAX, 0 if self.hub.rate is None else SILENT_BYTES * 1000 / self.hub.rate):
-            return f"the line is silent: nothing acknowledged for {silent} ms"
+            return f"the line is silent: nothing acknowledged for {silent} ms", Failure.UNREACHABLE
         return None

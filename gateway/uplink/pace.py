@@ -77,7 +77,7 @@ class Gauge:
     carry at most. `rate_max`: what somebody says it carries at most.
     """
 
-    def __init__(self, now: float, limit: int = LIMIT_BYTES_START, rate_max: float = math.inf) -> None:
+    def __init__(self, limit: int = LIMIT_BYTES_START, rate_max: float = math.inf) -> None:
         self._rate_max = rate_max
         self.limit = max(LIMIT_BYTES_MIN, min(LIMIT_BYTES_START, limit))
         self.rate: float | None = None  # bytes a second, as last measured

@@ -43,7 +43,7 @@ def test_what_an_app_writes_is_a_topic_and_perhaps_a_wish(written: str, topic: s
 
 @pytest.mark.parametrize("written", ["alarm/+", "#", "queue://jobs/#", "amqp://host/a/+/b", "topic://a/#"])
 def test_wildcards_are_for_receivers(written: str) -> None:
-    assert parse(written, receiver=True).has_wildcard
+    assert written.endswith(parse(written, receiver=True).topic)
     with pytest.raises(AddressError, match="no wildcard"):
         parse(written)
 

@@ -21,7 +21,7 @@ from gateway.amqp.sasl import SaslServer
 from gateway.committer import Committer
 from gateway.config import loads
 from gateway.uplink.hub import HubLink
-from gateway.uplink.state import ATTEMPTS_MAX, STAGGER_S
+from gateway.uplink.state import ATTEMPTS_MAX, STAGGER_S, Failure
 from storeforward.journal import Journal
 from tests.pki import Pki
 
@@ -317,6 +317,67 @@ def test_a_hub_that_gives_no_credit_is_named_and_has_everything_once_it_does(tmp
             receiver.topup(100)
             await bench.drained("abcde")
             assert bench.link.describe()["notes"] == []
+
+    run(story())
+
+
+def test_a_look_at_the_first_address_that_outlives_its_connection_does_not_end_the_next_one(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            link = bench.link
+            link.start()
+            await bench.until(lambda: link.describe()["state"] == "up")
+            look = asyncio.create_task(link._probe_first(link._active))
+            await asyncio.sleep(0)
+            assert not look.done()
+            link._active.fail("the line is silent", Failure.UNREACHABLE)
+            await look
+            bench.put(*"abc")
+            await bench.drained("abc")
+            assert link.describe()["connected"] == 2
+
+    run(story())
+
+
+def test_nothing_is_held_for_a_link_that_was_stopped(tmp_path: Path) -> None:
+    """Its connection may still bring answers, while the link that takes its place is on its way."""
+
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            link = bench.link
+            bench.put(*"abc")
+            link.start()
+            await bench.until(lambda: len(bench.good.got) == 3)
+            [drain] = [way.drain for way in link._ways]
+            await bench.until(lambda: drain.flows)
+            link.stop()
+            assert not drain.flows
+
+    run(story())
+
+
+def test_what_a_fault_means_does_not_depend_on_the_name_of_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf(Hub):
+        def on_events(self, engine: Engine, events: list[Event]) -> None:
+            super().on_events(engine, [event for event in events if not isinstance(event, LinkAttached)])
+
+    async def story() -> None:
+        async with bench_at(tmp_path, more=SECOND_STREAM.replace("full", "silent")) as bench:
+            bench.factory = Deaf().protocol
+            ends: list[tuple[str, Failure]] = []
+            lost = bench.link.lost
+
+            def noted(attempt: Any, error: str, failure: Failure) -> None:
+                ends.append((error, failure))
+                lost(attempt, error, failure)
+
+            monkeypatch.setattr(bench.link, "lost", noted)
+            bench.link._ways.reverse()
+            bench.link.start()
+            await bench.until(lambda: ends)
+            assert ends[0] == ("no answer to the attach of silent", Failure.HANDSHAKE)
 
     run(story())
 

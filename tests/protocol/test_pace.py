@@ -86,7 +86,7 @@ class Line:
 def test_a_full_line_holds_about_a_tenth_of_a_second_more_than_it_needs_and_is_kept_busy(
     rate: float, rtt_s: float
 ) -> None:
-    line, gauge = Line(rate, rtt_s), Gauge(0.0)
+    line, gauge = Line(rate, rtt_s), Gauge()
     line.run(gauge, 40 * (rtt_s + TARGET_S))
     carried = line.carried
     seconds = 20 * (rtt_s + TARGET_S)
@@ -97,7 +97,7 @@ def test_a_full_line_holds_about_a_tenth_of_a_second_more_than_it_needs_and_is_k
 
 
 def test_a_line_that_becomes_narrow_holds_little_again_within_seconds() -> None:
-    line, gauge = Line(1e6, 0.02), Gauge(0.0)
+    line, gauge = Line(1e6, 0.02), Gauge()
     line.run(gauge, 5)
     wide = gauge.limit
     line.rate = 1200.0
@@ -109,7 +109,7 @@ def test_a_line_that_becomes_narrow_holds_little_again_within_seconds() -> None:
 
 
 def test_little_traffic_says_nothing_about_what_a_line_can_carry() -> None:
-    line, gauge = Line(1e6, 0.02), Gauge(0.0)
+    line, gauge = Line(1e6, 0.02), Gauge()
     line.run(gauge, 5)
     before = gauge.limit
     line.run(gauge, 30, wanted=5000.0)
@@ -117,16 +117,16 @@ def test_little_traffic_says_nothing_about_what_a_line_can_carry() -> None:
 
 
 def test_a_new_connection_begins_with_little_and_with_less_where_the_line_was_narrow() -> None:
-    assert Gauge(0.0, LIMIT_BYTES_MAX).limit == LIMIT_BYTES_START
-    assert Gauge(0.0, 1500).limit == 1500
-    assert Gauge(0.0, 1).limit == LIMIT_BYTES_MIN
+    assert Gauge(LIMIT_BYTES_MAX).limit == LIMIT_BYTES_START
+    assert Gauge(1500).limit == 1500
+    assert Gauge(1).limit == LIMIT_BYTES_MIN
 
 
 def test_a_rate_that_was_set_bounds_what_a_line_may_hold_before_anything_is_measured() -> None:
-    gauge = Gauge(0.0, rate_max=1200.0)
+    gauge = Gauge(rate_max=1200.0)
     gauge.observe(0.0, 0, 0, 0.3)
     assert gauge.limit == LIMIT_BYTES_MIN
-    fast = Gauge(0.0, rate_max=1e6)
+    fast = Gauge(rate_max=1e6)
     Line(1e7, 0.02).run(fast, 5)
     assert fast.limit <= 1e6 * (0.02 + TARGET_S) + turn_bytes(1e6)
 
