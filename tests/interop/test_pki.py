@@ -14,8 +14,7 @@ from click.testing import CliRunner
 from gateway.cli.main import cli
 from tests import parts
 from tests.conftest import require
-from tests.daemon import WAIT_S, Client, Daemon
-from tests.gateway.test_failover import wait_until
+from tests.daemon import WAIT_S, Client, Daemon, wait_until
 from tests.pki import Certificate
 
 PASSWORD = "battery-staple"
