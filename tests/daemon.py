@@ -57,6 +57,17 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def read_to_the_end(sock: socket.socket) -> bytes:
+    """However it ends."""
+    data = b""
+    try:
+        while piece := sock.recv(1 << 16):
+            data += piece
+    except ConnectionError:
+        pass
+    return data
+
+
 def wait_until(
     condition: Callable[[], object], within_s: float = WAIT_S, what: Callable[[], str] | None = None
 ) -> None:
@@ -148,6 +159,7 @@ class Client:
     def publish(self, count: int) -> None:
         infos = [self.client.publish("train/speed", b"%d" % n, qos=1) for n in range(count)]
         infos[-1].wait_for_publish(WAIT_S)
+        assert infos[-1].is_published(), f"{self.acknowledged} acknowledged, {self.refused} refused"
 
     def close(self) -> None:
         self.client.disconnect()

@@ -36,11 +36,6 @@ ATTACKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"))
-
-
 @pytest.fixture
 def yard(tmp_path: Path, pki: Pki) -> Iterator[Yard]:
     yard = Yard(tmp_path, pki)
