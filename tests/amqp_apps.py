@@ -128,7 +128,9 @@ class MqttApp:
         packed = Properties(PacketTypes.PUBLISH)
         for name, value in properties.items():
             setattr(packed, name, value)
-        self.client.publish(topic, payload, qos=1, properties=packed).wait_for_publish(WAIT_S)
+        info = self.client.publish(topic, payload, qos=1, properties=packed)
+        info.wait_for_publish(WAIT_S)
+        assert info.is_published()
 
     def wait(self, count: int) -> list[paho.MQTTMessage]:
         with self.more:

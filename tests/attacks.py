@@ -508,12 +508,14 @@ ATTACKS: dict[str, Attack] = {
 
 
 def attack(name: str, ports: Ports, per_s: float | None = None) -> dict[str, object]:
-    """Until standard input ends. `per_s`: no more than so many units a second."""
+    """Until standard input ends. `per_s`: no more than so many units a second. An empty line says that it is at it."""
     began = checked = time.monotonic()
     done, cut_off = 0, False
     cpu = time.process_time()
     try:
         for units in ATTACKS[name](ports):
+            if units and not done:
+                print(flush=True)
             done += units
             now = time.monotonic()
             if per_s is not None and units:
@@ -527,6 +529,8 @@ def attack(name: str, ports: Ports, per_s: float | None = None) -> dict[str, obj
     except OSError as error:
         cut_off = True  # that is an answer, too
         print(error, file=sys.stderr)
+        if not done:
+            print(flush=True)
         sys.stdin.read()
     took = time.monotonic() - began
     return {"units": done, "seconds": took, "cut_off": cut_off, "cores": (time.process_time() - cpu) / took}
@@ -598,6 +602,11 @@ class Attacker:
         command += map(str, (ports.mqtt, ports.tls, ports.ws, ports.amqp))
         command += [] if per_s is None else ["--per-s", str(per_s)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def begun(self) -> None:
+        """Returns once it got rid of something, or was cut off."""
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"\n"
 
     def end(self) -> dict[str, float]:
         """What it got rid of, in how many seconds, and how much of a core it used itself."""

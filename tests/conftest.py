@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -41,8 +42,12 @@ paho.Client.loop_stop = _loop_stop  # type: ignore[method-assign]
 def require(name: str) -> None:
     """Skip, or under CI=true fail, where the part `name` can't be started here."""
     reason = parts.available(name)
-    if reason is None:
-        return
+    if reason is not None:
+        missing(reason)
+
+
+def missing(reason: str) -> NoReturn:
+    """Skip, or under CI=true fail."""
     if os.environ.get("CI", "").lower() in ("true", "1"):
         pytest.fail(f"{reason} (and CI is set)")
     pytest.skip(reason)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +57,27 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def read_to_the_end(sock: socket.socket) -> bytes:
+    """However it ends."""
+    data = b""
+    try:
+        while piece := sock.recv(1 << 16):
+            data += piece
+    except ConnectionError:
+        pass
+    return data
+
+
+def wait_until(
+    condition: Callable[[], object], within_s: float = WAIT_S, what: Callable[[], str] | None = None
+) -> None:
+    """For what has no event here, such as another process' state; `what` is asked when it is too late."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, what() if what else f"not within {within_s:g} s"
+        time.sleep(0.02)
+
+
 class Daemon:
     """`hub_port`: where its hub is, or, with HUB_CONFIG, where it listens as one; 1 is nobody."""
 
@@ -100,10 +121,7 @@ class Daemon:
         return self.stream()["rows"]
 
     def wait_for_log(self, text: str) -> None:
-        end = time.monotonic() + WAIT_S
-        while text not in self.log.read_text():
-            assert time.monotonic() < end, self.log.read_text()
-            time.sleep(0.02)
+        wait_until(lambda: text in self.log.read_text(), what=self.log.read_text)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -141,7 +159,21 @@ class Client:
     def publish(self, count: int) -> None:
         infos = [self.client.publish("train/speed", b"%d" % n, qos=1) for n in range(count)]
         infos[-1].wait_for_publish(WAIT_S)
+        assert infos[-1].is_published(), f"{self.acknowledged} acknowledged, {self.refused} refused"
 
     def close(self) -> None:
         self.client.disconnect()
         self.client.loop_stop()
+
+
+class Reader:
+    """What a hub was sent, in the order it came; known there before anything comes."""
+
+    def __init__(self, hub: Daemon) -> None:
+        self.got: list[int] = []
+        self.client = Client(hub.port)
+        self.client.client.on_message = lambda _c, _d, message: self.got.append(int(message.payload))
+        granted: list[int] = []
+        self.client.client.on_subscribe = lambda *_: granted.append(1)
+        self.client.client.subscribe("edge", qos=1)
+        wait_until(lambda: granted)

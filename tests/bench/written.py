@@ -72,10 +72,6 @@ class Written:
     process: float
     device: float | None
 
-    @property
-    def process_bytes_a_message(self) -> float:
-        return self.process * self.size_bytes
-
 
 class Meter:
     """What has been written since it was made."""

@@ -33,8 +33,7 @@ from storeforward.journal import Journal
 from storeforward.sealing import Seal, about_dead, intact
 from storeforward.streams import Stream, StreamLimits
 from tests.cut import abandon
-from tests.daemon import HUB_CONFIG, WAIT_S, Client, Daemon, free_port
-from tests.gateway.test_failover import Reader, wait_until
+from tests.daemon import HUB_CONFIG, WAIT_S, Client, Daemon, Reader, free_port, wait_until
 
 FLIPS = int(os.environ.get("LINESIDE_FLIPS", "0"))
 SEED = int(os.environ.get("LINESIDE_SEED", "7"))

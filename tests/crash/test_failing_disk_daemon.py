@@ -10,8 +10,7 @@ import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
 
 from gateway.simulate.cutmount import CutMount
-from tests.daemon import CONFIG, HUB_CONFIG, WAIT_S, Client, Daemon, free_port
-from tests.gateway.test_failover import Reader, wait_until
+from tests.daemon import CONFIG, HUB_CONFIG, WAIT_S, Client, Daemon, Reader, free_port, wait_until
 
 SYNC_S = 0.5
 

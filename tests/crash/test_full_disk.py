@@ -6,10 +6,9 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
@@ -17,7 +16,7 @@ from paho.mqtt.enums import MQTTProtocolVersion
 from storeforward.errors import JournalFull
 from storeforward.journal import Journal
 from storeforward.streams import StreamLimits, WhenFull
-from tests.daemon import HUB_CONFIG, WAIT_S, Client, Daemon, free_port
+from tests.daemon import HUB_CONFIG, WAIT_S, Client, Daemon, free_port, wait_until
 from tests.storeforward.test_journal import encode, outbound
 
 MIB = 1 << 20
@@ -69,13 +68,6 @@ def fill_up(path: Path) -> Path:
     return other
 
 
-def wait_until(condition: Callable[[], Any], within_s: float = 2 * WAIT_S) -> None:
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {within_s} s"
-        time.sleep(0.02)
-
-
 # ---------------------------------------------------------------------- the daemon
 
 
@@ -94,7 +86,7 @@ def test_a_full_disk_refuses_intake_keeps_draining_and_takes_messages_again(
             sent = mib * 1000
             for _ in range(sent):
                 client.client.publish("train/speed", PAYLOAD, qos=1)
-            wait_until(lambda: client.acknowledged + client.refused == sent)
+            wait_until(lambda: client.acknowledged + client.refused == sent, 2 * WAIT_S)
             assert client.refused > 0
             stored = daemon.rows()
             assert stored == client.acknowledged > sent // 4
@@ -102,13 +94,13 @@ def test_a_full_disk_refuses_intake_keeps_draining_and_takes_messages_again(
 
             hub = Daemon(tmp_path / "hub", HUB_CONFIG, hub_port)
             hub.status()
-            wait_until(lambda: daemon.stream()["waiting"] == 0)
+            wait_until(lambda: daemon.stream()["waiting"] == 0, 2 * WAIT_S)
             drained = time.monotonic()
             wait_until(lambda: not daemon.status()["disk_full"], RESUME_S_MAX)
             client.publish(100)
             wait_until(lambda: client.acknowledged == stored + 100, RESUME_S_MAX)
             wait_until(lambda: daemon.rows() == 0, drained + RESUME_S_MAX - time.monotonic())
-            wait_until(lambda: hub is not None and hub.stream("local")["next_seq"] - 1 == stored + 100)
+            wait_until(lambda: hub is not None and hub.stream("local")["next_seq"] - 1 == stored + 100, 2 * WAIT_S)
             client.close()
         finally:
             daemon.end()
@@ -128,7 +120,7 @@ def test_space_that_another_program_gives_back_is_used_without_a_restart_and_a_3
             other = fill_up(disk)
             for _ in range(200):
                 client.client.publish("train/speed", PAYLOAD, qos=1)
-            wait_until(lambda: daemon.status()["disk_full"])
+            wait_until(lambda: daemon.status()["disk_full"], 2 * WAIT_S)
             time.sleep(2 * 0.5)  # longer than it takes to look for room twice: none appears
             assert daemon.status()["disk_full"]
             assert client.acknowledged == 10
@@ -160,7 +152,7 @@ def test_a_daemon_starts_on_a_disk_without_a_byte_left_and_its_backlog_drains(tm
             assert daemon.rows() == 2000
             hub = Daemon(tmp_path / "hub", HUB_CONFIG, hub_port)
             hub.status()
-            wait_until(lambda: daemon.rows() == 0)
+            wait_until(lambda: daemon.rows() == 0, 2 * WAIT_S)
             assert hub.stream("local")["next_seq"] - 1 == 2000
         finally:
             daemon.end()

@@ -71,7 +71,6 @@ class Found:
 
     acknowledged: int = 0
     duplicates: int = 0
-    duplicates_max: int = 0
     cycles: int = 0
     wrong: list[str] = field(default_factory=list)
 

@@ -54,9 +54,9 @@ from security.passwords import Cost, hash_password
 from security.rules import Identity, Rules
 from security.tls import client_context
 from tests.daemon import Daemon, free_port
+from tests.mqtt_peer import WAIT_S, MqttPeer
 from tests.pki import Pki
 
-WAIT_S = 40.0
 CHEAP = Cost(10, 8, 1)
 
 HEAD = """
@@ -84,27 +84,7 @@ CLOSED = HEAD + 'password_file = "passwords"'
 # ------------------------------------------------------------------------------------------- raw clients, one loop
 
 
-class Peer:
-    """A client that says exactly what it is told to, and knows packets only by their bytes."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, version: int) -> None:
-        self.reader, self.writer, self.version = reader, writer, version
-
-    def say(self, packet: Packet) -> None:
-        self.writer.write(codec.encode(packet, self.version))
-
-    async def hear(self) -> Packet | None:
-        """The next packet, None at the end of the connection."""
-        async with asyncio.timeout(WAIT_S):
-            try:
-                head = await self.reader.readexactly(2)
-                while head[-1] & 0x80:
-                    head += await self.reader.readexactly(1)
-                length = sum((byte & 0x7F) << 7 * n for n, byte in enumerate(head[1:]))
-                return codec.decode(head + await self.reader.readexactly(length), self.version)
-            except (asyncio.IncompleteReadError, ConnectionError):
-                return None
-
+class Peer(MqttPeer):
     async def subscribe(self, *filters: str) -> tuple[int, ...]:
         self.say(Subscribe(7, tuple(Subscription(each, 1) for each in filters)))
         answer = await self.hear()

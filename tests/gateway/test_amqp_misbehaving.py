@@ -20,7 +20,7 @@ from gateway.amqp.sasl import AMQP_HEADER, SaslClient
 from gateway.amqp.termini import Durability, Expiry, Terminus
 from gateway.control_client import request
 from tests import attacks
-from tests.daemon import WAIT_S, Daemon, free_port
+from tests.daemon import WAIT_S, Daemon, free_port, read_to_the_end
 
 CONFIG = """
 [gateway]
@@ -164,16 +164,6 @@ def after_sasl(port: int) -> socket.socket:
         sock.sendall(sasl.take_output())
         sasl.feed(sock.recv(4096))
     return sock
-
-
-def read_to_the_end(sock: socket.socket) -> bytes:
-    data = b""
-    try:
-        while piece := sock.recv(1 << 16):
-            data += piece
-    except ConnectionError:
-        pass
-    return data
 
 
 @pytest.mark.parametrize("header", [b"", AMQP_HEADER])

@@ -9,8 +9,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from gateway.cli.main import cli
-from tests.daemon import CONFIG, HUB_CONFIG, Client, Daemon, free_port
-from tests.gateway.test_failover import Reader, wait_until
+from tests.daemon import CONFIG, HUB_CONFIG, Client, Daemon, Reader, free_port, wait_until
 
 COUNT = 2000
 

@@ -16,8 +16,7 @@ from gateway.certificates import LOOK_S, Certificates
 from gateway.cli.main import cli
 from gateway.config import loads
 from security.expiry import RELEASED_S
-from tests.daemon import CONFIG, HUB_CONFIG, Client, Daemon, free_port
-from tests.gateway.test_failover import Reader, wait_until
+from tests.daemon import CONFIG, HUB_CONFIG, Client, Daemon, Reader, free_port, wait_until
 from tests.pki import Pki
 
 DAY = datetime.timedelta(days=1)

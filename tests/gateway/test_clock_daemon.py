@@ -17,9 +17,8 @@ from gateway.certificates import LOOK_S
 from gateway.cli.main import cli
 from storeforward.inspection import Inspection
 from tests.clocks import Clocks
-from tests.daemon import CONFIG, HUB_CONFIG, WAIT_S, Client, Daemon, free_port
+from tests.daemon import CONFIG, HUB_CONFIG, WAIT_S, Client, Daemon, Reader, free_port, wait_until
 from tests.gateway.test_certificates import TLS_GATEWAY, TLS_HUB
-from tests.gateway.test_failover import Reader, wait_until
 from tests.pki import Pki
 
 HOUR_S = 3600

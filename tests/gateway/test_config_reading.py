@@ -18,7 +18,7 @@ from gateway.child import Child, ChildError, ask
 from gateway.config import Config, ConfigErrors, load, loads
 from gateway.config_reading import Reading, read
 from gateway.control_client import ControlError, request
-from tests.daemon import WAIT_S, Client, Daemon
+from tests.daemon import WAIT_S, Client, Daemon, wait_until
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "deploy" / "examples").glob("*.toml"))
 LINESIDE = [sys.executable, "-m", "gateway"]
@@ -224,11 +224,8 @@ def readers(pid: int) -> list[int]:
 
 def a_reader(process: subprocess.Popen[bytes]) -> int:
     """The child that waits at a configuration which does not come."""
-    end = time.monotonic() + WAIT_S
-    while not (found := readers(process.pid)):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return found[0]
+    wait_until(lambda: readers(process.pid))
+    return readers(process.pid)[0]
 
 
 def withhold(daemon: Daemon) -> str:
@@ -297,10 +294,7 @@ def test_a_stop_waits_for_no_reload(daemon: Daemon) -> None:
     daemon.process.send_signal(signal.SIGTERM)
     assert daemon.process.wait(WAIT_S) == 0
     assert time.monotonic() - begun < 5
-    end = time.monotonic() + WAIT_S
-    while Path(f"/proc/{child}").exists():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
     assert "Traceback" not in daemon.log.read_text()
 
 

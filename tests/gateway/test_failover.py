@@ -3,34 +3,12 @@
 from __future__ import annotations
 
 import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-from tests.daemon import CONFIG, HUB_CONFIG, WAIT_S, Client, Daemon, free_port
+from tests.daemon import CONFIG, HUB_CONFIG, Client, Daemon, Reader, free_port, wait_until
 
 WINDOW = 1000
 FAIL_BACK_S_MAX = 45.0
-
-
-def wait_until(condition: Callable[[], object], within_s: float = WAIT_S) -> None:
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {within_s:g} s"
-        time.sleep(0.05)
-
-
-class Reader:
-    """What one of the two hubs was sent, in the order it came; known there before anything comes."""
-
-    def __init__(self, hub: Daemon) -> None:
-        self.got: list[int] = []
-        self.client = Client(hub.port)
-        self.client.client.on_message = lambda _c, _d, message: self.got.append(int(message.payload))
-        granted: list[int] = []
-        self.client.client.on_subscribe = lambda *_: granted.append(1)
-        self.client.client.subscribe("edge", qos=1)
-        wait_until(lambda: granted)
 
 
 def in_order_but_for_repeats(values: list[int]) -> bool:

@@ -16,7 +16,7 @@ from gateway.mqtt.codec import encode
 from gateway.mqtt.packets import V5, Connect
 from gateway.slices import LINGER_S
 from tests.bench.abuse import Yard
-from tests.daemon import WAIT_S
+from tests.daemon import WAIT_S, read_to_the_end
 from tests.pki import Pki
 from tests.websocket import BINARY, CLOSE, frame, request
 
@@ -24,11 +24,6 @@ HELLO = encode(Connect(V5, "rash"), V5)
 TOO_LARGE = b"\x32\xff\xff\xff\x7f"  # 256 MB are announced
 MORE = bytes(8 << 20)
 PACKET_TOO_LARGE = 0x95
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +35,6 @@ def yard(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Yard]:
 
 def dial(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=WAIT_S)
-
-
-def read_to_the_end(sock: socket.socket) -> bytes:
-    data = b""
-    try:
-        while piece := sock.recv(1 << 16):
-            data += piece
-    except ConnectionError:
-        pass
-    return data
 
 
 def is_told(data: bytes) -> bool:

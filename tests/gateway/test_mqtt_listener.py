@@ -22,7 +22,6 @@ from gateway.mqtt.packets import (
     Connect,
     ConnectProperties,
     Disconnect,
-    Packet,
     Pingreq,
     Pingresp,
     Puback,
@@ -34,8 +33,8 @@ from gateway.mqtt.packets import (
     Subscription,
 )
 from gateway.notify import Notifier
+from tests.mqtt_peer import WAIT_S, MqttPeer
 
-WAIT_S = 40.0
 CONFIG = """
 [gateway]
 id = "loco"
@@ -55,27 +54,7 @@ max_messages = 3
 """
 
 
-class Peer:
-    """A client that says exactly what it is told to, and knows packets only by their bytes."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, version: int) -> None:
-        self.reader, self.writer, self.version = reader, writer, version
-
-    def say(self, packet: Packet) -> None:
-        self.writer.write(codec.encode(packet, self.version))
-
-    async def hear(self) -> Packet | None:
-        """The next packet, None at the end of the connection."""
-        async with asyncio.timeout(WAIT_S):
-            try:
-                head = await self.reader.readexactly(2)
-                while head[-1] & 0x80:
-                    head += await self.reader.readexactly(1)
-                length = sum((byte & 0x7F) << 7 * n for n, byte in enumerate(head[1:]))
-                return codec.decode(head + await self.reader.readexactly(length), self.version)
-            except (asyncio.IncompleteReadError, ConnectionError):
-                return None
-
+class Peer(MqttPeer):
     async def silent(self, for_s: float) -> bool:
         """Whether nothing at all comes for a while: a negative that only time can show."""
         try:

@@ -29,7 +29,7 @@ from security.ocsp import StapleError, judge
 from security.tls import client_context, server_context
 from tests import parts
 from tests.conftest import require
-from tests.daemon import WAIT_S, Client, Daemon
+from tests.daemon import WAIT_S, Client, Daemon, wait_until
 from tests.pki import Certificate
 from tests.security.test_tls import handshake
 
@@ -536,10 +536,7 @@ def send(gateway: Daemon, count: int) -> None:
 
 
 def drained(gateway: Daemon) -> None:
-    end = time.monotonic() + WAIT_S
-    while gateway.stream()["waiting"]:
-        assert time.monotonic() < end, gateway.log.read_text()
-        time.sleep(0.02)
+    wait_until(lambda: not gateway.stream()["waiting"], what=gateway.log.read_text)
 
 
 def test_a_gateway_and_a_hub_trust_each_other_and_nobody_of_another_authority(fleet: Fleet) -> None:

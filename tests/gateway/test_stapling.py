@@ -12,9 +12,8 @@ from cryptography.x509 import ocsp
 
 from security.expiry import RELEASED_S, iso
 from tests.clocks import Clocks
-from tests.daemon import HUB_CONFIG, Client, Daemon, free_port
+from tests.daemon import HUB_CONFIG, Client, Daemon, Reader, free_port, wait_until
 from tests.gateway.test_certificates import TLS_GATEWAY
-from tests.gateway.test_failover import Reader, wait_until
 from tests.pki import DAY, Pki
 from tests.stapling import StaplingServer, answer, authority, read
 

@@ -26,7 +26,7 @@ from gateway.amqp.message import Message, decode
 from security.tls import server_context
 from storeforward.journal import Journal
 from tests.conftest import require
-from tests.daemon import HUB_CONFIG, WAIT_S, Client, Daemon, free_port
+from tests.daemon import HUB_CONFIG, WAIT_S, Client, Daemon, free_port, wait_until
 from tests.parts import Mosquitto
 from tests.pki import Pki
 
@@ -91,13 +91,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
 @pytest.fixture(scope="module", autouse=True)
 def _mosquitto_is_here() -> None:
     require("mosquitto")
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = WAIT_S, what: Callable[[], str] = str) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, what()
-        time.sleep(0.02)
 
 
 def bridge(daemon: Daemon) -> dict[str, Any]:

@@ -115,6 +115,27 @@ def commands(subject: str, count: int = 20) -> list[bytes]:
     return [encode(b"%d" % n, message_id=f"c-{n}", subject=subject) for n in range(count)]
 
 
+def takes_alarms_and_gives_commands(
+    gateway: Gateway,
+    loop: harness.Loop,
+    port: int,
+    alarms: str,
+    to_gateway: str,
+    *,
+    topics: str = "commands/#",
+    durable: bool = False,
+) -> None:
+    """What every page promises; the addresses are the hub's, `topics` the gateway's."""
+    subscriber = harness.Subscriber(gateway.mqtt_port, topics)
+    with harness.closing(subscriber):
+        publish(gateway)
+        got = loop.run(harness.consume(port, alarms, MESSAGES, durable=durable, login=CENTRE))
+        assert got == list(range(MESSAGES))
+        loop.run(harness.put(port, to_gateway, commands("go"), durable=durable, login=CENTRE))
+        harness.wait_until(lambda: len(subscriber.arrived) >= 20, 20, "all commands")
+    assert subscriber.arrived == list(range(20))
+
+
 # ------------------------------------------------------------------ Artemis
 
 
@@ -159,14 +180,7 @@ def loco(depot: Artemis, pki: Pki, tmp_path: Path) -> Iterator[Gateway]:
 def test_artemis_as_on_its_page_takes_alarms_and_gives_commands(
     depot: Artemis, loco: Gateway, loop: harness.Loop
 ) -> None:
-    subscriber = harness.Subscriber(loco.mqtt_port, "commands/#")
-    with harness.closing(subscriber):
-        publish(loco)
-        got = loop.run(harness.consume(depot.port, "edge.alarms", MESSAGES, durable=False, login=CENTRE))
-        assert got == list(range(MESSAGES))
-        loop.run(harness.put(depot.port, "edge.loco-4711.commands", commands("go"), login=CENTRE))
-        harness.wait_until(lambda: len(subscriber.arrived) >= 20, 20, "all commands")
-    assert subscriber.arrived == list(range(20))
+    takes_alarms_and_gives_commands(loco, loop, depot.port, "edge.alarms", "edge.loco-4711.commands")
 
 
 @pytest.mark.parametrize("depot", [{"<max-size-bytes>100M": "<max-size-bytes>256K"}], indirect=True)
@@ -247,16 +261,9 @@ def test_rabbitmq_as_on_its_page_takes_alarms_and_gives_commands(
     gateway = _rabbit_gateway(rabbit, pki, tmp_path)
     with running(gateway):
         gateway.is_up()
-        subscriber = harness.Subscriber(gateway.mqtt_port, "commands/#")
-        with harness.closing(subscriber):
-            publish(gateway)
-            got = loop.run(harness.consume(rabbit.port, "/queue/edge.alarms", MESSAGES, durable=True, login=CENTRE))
-            assert got == list(range(MESSAGES))
-            loop.run(
-                harness.put(rabbit.port, "/queue/edge.loco-4711.commands", commands("go"), durable=True, login=CENTRE)
-            )
-            harness.wait_until(lambda: len(subscriber.arrived) >= 20, 20, "all commands")
-        assert subscriber.arrived == list(range(20))
+        takes_alarms_and_gives_commands(
+            gateway, loop, rabbit.port, "/queue/edge.alarms", "/queue/edge.loco-4711.commands", durable=True
+        )
         assert gateway.status()["hubs"][0]["notes"] == []
 
 
@@ -371,14 +378,9 @@ def behind_classic(classic: ActiveMQ, pki: Pki, tmp_path: Path, request: pytest.
 def test_activemq_classic_as_on_its_page_takes_alarms_and_gives_commands(
     classic: ActiveMQ, behind_classic: Gateway, loop: harness.Loop
 ) -> None:
-    subscriber = harness.Subscriber(behind_classic.mqtt_port, "commands/#")
-    with harness.closing(subscriber):
-        publish(behind_classic)
-        got = loop.run(harness.consume(classic.port, "queue://edge.alarms", MESSAGES, durable=False, login=CENTRE))
-        assert got == list(range(MESSAGES))
-        loop.run(harness.put(classic.port, "queue://edge.loco-4711.commands", commands("go"), login=CENTRE))
-        harness.wait_until(lambda: len(subscriber.arrived) >= 20, 20, "all commands")
-    assert subscriber.arrived == list(range(20))
+    takes_alarms_and_gives_commands(
+        behind_classic, loop, classic.port, "queue://edge.alarms", "queue://edge.loco-4711.commands"
+    )
 
 
 SMALL_STORE = {
@@ -504,14 +506,9 @@ def test_the_names_may_lead_straight_to_artemis_and_the_gateways_file_stays(
     gateway = Gateway(tmp_path, page("lineside")["gateway.toml"], _pki(pki) | _pair("hub", depot.tls_port))
     with running(gateway):
         gateway.is_up()
-        subscriber = harness.Subscriber(gateway.mqtt_port, "commands")
-        with harness.closing(subscriber):
-            publish(gateway)
-            got = loop.run(harness.consume(depot.port, "edge/loco-4711/alarms", MESSAGES, durable=False, login=CENTRE))
-            assert got == list(range(MESSAGES))
-            loop.run(harness.put(depot.port, "edge/loco-4711/commands", commands("go"), login=CENTRE))
-            harness.wait_until(lambda: len(subscriber.arrived) >= 20, 20, "all commands")
-        assert subscriber.arrived == list(range(20))
+        takes_alarms_and_gives_commands(
+            gateway, loop, depot.port, "edge/loco-4711/alarms", "edge/loco-4711/commands", topics="commands"
+        )
 
 
 @pytest.fixture

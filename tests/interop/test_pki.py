@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from click.testing import CliRunner
 from gateway.cli.main import cli
 from tests import parts
 from tests.conftest import require
-from tests.daemon import WAIT_S, Client, Daemon
-from tests.gateway.test_failover import wait_until
+from tests.daemon import WAIT_S, Client, Daemon, wait_until
 from tests.pki import Certificate
 
 PASSWORD = "battery-staple"
@@ -82,10 +80,7 @@ def waiting_after(ca: Path, name: str, kind: str, url: str, address: str, refuse
         if refused is not None:
             daemon.wait_for_log(refused)
             return daemon.stream()["waiting"]
-        end = time.monotonic() + WAIT_S
-        while daemon.stream()["waiting"]:
-            assert time.monotonic() < end, daemon.log.read_text()
-            time.sleep(0.02)
+        wait_until(lambda: not daemon.stream()["waiting"], what=daemon.log.read_text)
         return 0
     finally:
         daemon.end()

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from security.tls import TLSFileError, client_context
-from tests.daemon import Client, Daemon, free_port
+from tests.daemon import Client, Daemon, Reader, free_port, wait_until
 from tests.gateway.test_certificates import TLS_GATEWAY, TLS_HUB
-from tests.gateway.test_failover import Reader, wait_until
 
 RECIPE = Path(__file__).parents[2] / "deploy" / "OPERATING.md"
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
