@@ -141,6 +141,7 @@ class Daemon:
 class Client:
     def __init__(self, port: int, version: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv311) -> None:
         self.acknowledged = 0
+        self.acknowledged_ids: list[int] = []  # packet ids, which stand for messages as long as none comes again
         self.refused = 0
         self.disconnected = threading.Event()
         client = self.client = paho.Client(CallbackAPIVersion.VERSION2, client_id="app", protocol=version)
@@ -150,11 +151,12 @@ class Client:
         client.connect("127.0.0.1", port)
         client.loop_start()
 
-    def _count(self, _client: object, _data: object, _mid: int, reason: ReasonCode, _properties: object) -> None:
+    def _count(self, _client: object, _data: object, packet_id: int, reason: ReasonCode, _properties: object) -> None:
         if reason.is_failure:
             self.refused += 1
         else:
             self.acknowledged += 1
+            self.acknowledged_ids.append(packet_id)
 
     def publish(self, count: int) -> None:
         infos = [self.client.publish("train/speed", b"%d" % n, qos=1) for n in range(count)]

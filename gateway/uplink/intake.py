@@ -106,6 +106,7 @@ class Intake:
 
     def retry(self) -> None:
         """Append what is held, as far as there is room."""
+        self.journal.intake()
         held = self._held
         refused = False
         while held:
