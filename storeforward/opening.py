@@ -32,8 +32,11 @@ def open_or_salvage(state_dir: Path, open_journal: Callable[[], _T]) -> tuple[_T
     from storeforward.salvage import salvage  # only a damaged file needs it
 
     report = None
-    with contextlib.suppress(FileNotFoundError):
+    try:
         why = (state_dir / SUSPECT).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        pass
+    else:
         report = salvage(state_dir, why)
     try:
         try:
