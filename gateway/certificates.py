@@ -64,6 +64,7 @@ class Certificates:
         self._clock_set = True
         self._timer: asyncio.TimerHandle | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._fault = ""  # why the last reading failed
 
     def start(self) -> None:
         self._look()
@@ -113,9 +114,9 @@ class Certificates:
 
     def _look(self) -> None:
         stamps = file_stamp(*self._files)
-        if stamps != self._stamps and self._reading is None:
+        if (stamps != self._stamps or self._fault) and self._reading is None:
             before, self._stamps = self._stamps, stamps
-            if before is not None:
+            if before not in (None, stamps):
                 self._on_news()
             if self._files:
                 self._reading = self._loop.create_task(self._read())
@@ -128,10 +129,14 @@ class Certificates:
             answer = await ask("security.expiry", *map(str, paths), timeout_s=READ_S_MAX)
             answers = [json.loads(line) for line in answer.splitlines()]
         except (ChildError, ValueError) as error:
-            log.error("the ends of the certificates could not be read", extra={"error": str(error)})
-            answers = []
+            # What is known stays; the next look tries again, and says no more of it.
+            if str(error) != self._fault:
+                self._fault = str(error)
+                log.error("the ends of the certificates could not be read", extra={"error": str(error)})
+            return
         finally:
             self._reading = None
+        self._fault = ""
         self._validities = {Path(a["path"]): Validity(**a) for a in answers if "error" not in a}
         self._errors = {Path(a["path"]): a["error"] for a in answers if "error" in a}
         self._judge()

@@ -196,12 +196,17 @@ def _check_hub_urls(number: int, hub: Mapping[str, Any], report: Report) -> None
             continue
         loc: KeyPath = ("hub", number, "urls", index)
         if hub.get("user") is not None and hub.get("sasl", "auto") in ("auto", "plain"):
-            secure = str(HubUrl(True, url.host, 5671 if url.port == 5672 else url.port))
+            secure = _over_tls(url)
             report.add(loc, "amqps://, as a password would travel in clear text", json.dumps(secure))
         elif hub.get("allow_plaintext") != ALLOW_PLAINTEXT:
-            secure = str(HubUrl(True, url.host, 5671 if url.port == 5672 else url.port))
+            secure = _over_tls(url)
             words = f"add allow_plaintext = {json.dumps(ALLOW_PLAINTEXT)} to this [[hub]]"
             report.add(loc, "amqps:// for a hub that is not on this machine", f"{json.dumps(secure)}, or {words}")
+
+
+def _over_tls(url: HubUrl) -> str:
+    """What to write instead of a URL without TLS."""
+    return str(HubUrl(True, url.host, 5671 if url.port == 5672 else url.port))
 
 
 def _check_hub_credentials(number: int, hub: Mapping[str, Any], report: Report) -> None:
@@ -216,7 +221,7 @@ def _check_hub_credentials(number: int, hub: Mapping[str, Any], report: Report) 
         for index, text in _strings(hub.get("urls")):
             url = _tried(parse_hub_url, text)
             if url and not url.tls:
-                secure = str(HubUrl(True, url.host, 5671 if url.port == 5672 else url.port))
+                secure = _over_tls(url)
                 report.add((*here, "urls", index), 'amqps://, as sasl = "external" needs TLS', json.dumps(secure))
     if hub.get("ocsp") in ("if-stapled", "require"):
         _check_hub_ocsp(here, hub, report)
@@ -226,7 +231,7 @@ def _check_hub_ocsp(here: KeyPath, hub: Mapping[str, Any], report: Report) -> No
     for index, text in _strings(hub.get("urls")):
         url = _tried(parse_hub_url, text)
         if url and not url.tls:
-            secure = str(HubUrl(True, url.host, 5671 if url.port == 5672 else url.port))
+            secure = _over_tls(url)
             expected = f'amqps://, as ocsp = "{hub["ocsp"]}" is about its certificate'
             report.add((*here, "urls", index), expected, f'{json.dumps(secure)}, or ocsp = "off"')
     try:

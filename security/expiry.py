@@ -103,10 +103,12 @@ def to_json(validity: Validity) -> dict[str, Any]:
 
 
 def main(paths: list[str]) -> None:
+    from cryptography.x509 import InvalidVersion  # which is no ValueError; OpenSSL does not mind such a certificate
+
     for path in paths:
         try:
             answer = to_json(read(Path(path)))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, InvalidVersion) as error:
             answer = {"path": path, "error": str(error)}
         print(json.dumps(answer))
 

@@ -82,7 +82,7 @@ def check_certificates(path: Path) -> list[x509.Certificate]:
     pem = read(path)
     try:
         return x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise TLSFileError(path, "holds no certificate in PEM form, or a damaged one") from error
 
 

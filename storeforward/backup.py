@@ -95,6 +95,7 @@ def restore(source: Path, state_dir: Path, *, replace: bool = False, progress: P
     path = state_dir / "journal.db"
     lock = StateLock(state_dir)
     building = state_dir / "journal.db.restore"
+    aside = None
     try:
         if path.exists() and not replace and not _moved(path):
             raise JournalError(
@@ -113,7 +114,10 @@ def restore(source: Path, state_dir: Path, *, replace: bool = False, progress: P
         (state_dir / SUSPECT).unlink(missing_ok=True)
         sync_directory(state_dir)
     except OSError as error:
-        raise JournalError(f"{building}: {error.strerror}; nothing was changed") from error
+        left = (
+            "nothing was changed" if aside is None else f"the next start takes the old journal up again, from {aside}"
+        )
+        raise JournalError(f"{building}: {error.strerror}; {left}") from error
     finally:
         building.unlink(missing_ok=True)
         lock.release()

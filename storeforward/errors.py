@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 
 class JournalError(Exception):
     """The journal can't be used as it is: the operator must act. The text says what to do."""
@@ -26,3 +28,10 @@ class JournalFull(Exception):
         super().__init__(f"stream {stream}: {reason}")
         self.stream = stream
         self.reason = reason
+
+
+def corrupt(what: str) -> sqlite3.DatabaseError:
+    """Damage that SQLite itself does not notice, as SQLite would name it."""
+    error = sqlite3.DatabaseError(what)
+    error.sqlite_errorname = "SQLITE_CORRUPT"
+    return error

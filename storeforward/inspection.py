@@ -143,9 +143,8 @@ class SessionSummary:
 class Inspection:
     """A journal opened for reading. A context manager; use from one thread.
 
-    `seal`: opens what is encrypted; what it
-    can't open is told without topic and bytes. Raises JournalError (JournalNewer, JournalCorrupt) with one line that
-    says what to do.
+    `seal`: opens what is encrypted; what it can't open is told without topic and bytes. Raises JournalError
+    (JournalNewer, JournalCorrupt) with one line that says what to do.
     """
 
     def __init__(self, state_dir: Path, seal: Seal | None = None) -> None:

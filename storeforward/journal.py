@@ -993,7 +993,7 @@ class Journal:
                 )
             self._save_age()
         except sqlite3.Error as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
 
     def commit(self) -> None:
         """Make the batch durable: the one call that waits for the disk. Any thread. Raises sqlite3.Error."""
@@ -1016,7 +1016,22 @@ class Journal:
 
     def failed(self, error: sqlite3.Error) -> JournalFull | JournalError:
         """The commit did not come through: take everything back, tell everybody who waits, return what it was."""
-        return self._failed(error)
+        if self._w.in_transaction:
+            try:
+                self._w.execute("ROLLBACK")
+            except sqlite3.Error as second:
+                error.add_note(f"and the rollback: {second}")
+        batch, self.under_way = self.under_way, None
+        assert batch is not None
+        if is_damage(error):
+            return damaged(self.state_dir, error)
+        full = takes_nothing(error)
+        if full:
+            self._room.found_none()
+        try:
+            return self._take_back(batch, f"the disk does not take it: {error}", keep_waiting=full)
+        except JournalError as second:
+            return second
 
     def commit_now(self) -> None:
         """begin, commit and committed in one go, for callers without a loop."""
@@ -1024,7 +1039,7 @@ class Journal:
         try:
             self.commit()
         except sqlite3.Error as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         self.committed()
 
     # ------------------------------------------------------------------ a full disk (storeforward/room.py decides)
@@ -1187,24 +1202,6 @@ class Journal:
         night_us = self._reading.night_us = self._age.off_us(wall_us, int(self._clock() * 1e6))
         self._age = self._age.settled()
         return night_us // 1_000_000
-
-    def _failed(self, error: sqlite3.Error) -> JournalFull | JournalError:
-        if self._w.in_transaction:
-            try:
-                self._w.execute("ROLLBACK")
-            except sqlite3.Error as second:
-                error.add_note(f"and the rollback: {second}")
-        batch, self.under_way = self.under_way, None
-        assert batch is not None
-        if is_damage(error):
-            return damaged(self.state_dir, error)
-        full = takes_nothing(error)
-        if full:
-            self._room.found_none()
-        try:
-            return self._take_back(batch, f"the disk does not take it: {error}", keep_waiting=full)
-        except JournalError as second:
-            return second
 
     def _take_back(self, batch: Batch, reason: str, *, keep_waiting: bool = False) -> JournalFull:
         """Undo in memory what `batch` did, tell everybody who waits, and stage again what is not about new messages.

@@ -16,7 +16,7 @@ from typing import TypeVar
 from storeforward import schema
 from storeforward.checks import check
 from storeforward.durable import sync_directory
-from storeforward.errors import JournalCorrupt, JournalError
+from storeforward.errors import JournalCorrupt, JournalError, corrupt
 from storeforward.room import BUSY_S, takes_nothing
 from storeforward.schema import SUSPECT
 from storeforward.space import spend
@@ -32,8 +32,11 @@ def open_or_salvage(state_dir: Path, open_journal: Callable[[], _T]) -> tuple[_T
     from storeforward.salvage import salvage  # only a damaged file needs it
 
     report = None
-    with contextlib.suppress(FileNotFoundError):
+    try:
         why = (state_dir / SUSPECT).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        pass
+    else:
         report = salvage(state_dir, why)
     try:
         try:
@@ -143,18 +146,12 @@ def damaged(state_dir: Path, error: sqlite3.Error | UnicodeDecodeError) -> Journ
     """What an error of the open file means; where it is damage, the next start will know of it."""
     path = state_dir / "journal.db"
     if not isinstance(error, sqlite3.Error):
-        error = _corrupt(str(error))
+        error = corrupt(str(error))
     elif not is_damage(error):
         return explain(path, error)
     (state_dir / SUSPECT).write_text(f"{error}\n")
     sync_directory(state_dir)
     return JournalCorrupt(f"{path}: {error}; the next start sets the file aside and salvages what reads")
-
-
-def _corrupt(what: str) -> sqlite3.DatabaseError:
-    error = sqlite3.DatabaseError(what)
-    error.sqlite_errorname = "SQLITE_CORRUPT"
-    return error
 
 
 def explain(path: Path, error: sqlite3.Error) -> JournalError:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from zlib import crc32
 
-from storeforward.errors import JournalError
+from storeforward.errors import JournalError, corrupt
 from storeforward.schema import SEQ_MASK
 from storeforward.sealing import CRC_MASK, FOLLOWS, PLAIN, SPREAD, about_row, intact
 from storeforward.streams import COLUMNS, Chunk, Row, Stream
@@ -173,16 +173,12 @@ def _check_gap(stream: Stream, at_least: int, id_: int, crc: int) -> None:
 
 
 def _missing(id_: int) -> sqlite3.DatabaseError:
-    error = sqlite3.DatabaseError(f"row {id_} has vanished")
-    error.sqlite_errorname = "SQLITE_CORRUPT"
-    return error
+    return corrupt(f"row {id_} has vanished")
 
 
 def _out_of_order(id_: int) -> sqlite3.DatabaseError:
     """A page of another place, whole in itself: SQLite does not notice, and reading on after it would go round."""
-    error = sqlite3.DatabaseError(f"row {id_} is in the wrong place")
-    error.sqlite_errorname = "SQLITE_CORRUPT"
-    return error
+    return corrupt(f"row {id_} is in the wrong place")
 
 
 def _within(rows: list[Row], bytes_max: int) -> list[Row]:

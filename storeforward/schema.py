@@ -374,24 +374,14 @@ COPIES_SINCE = 5
 ID_SPREAD = 40503
 
 
-def _v1(db: sqlite_utils.Database) -> None:
-    for statement in sqlite_statements(_V1):
-        db.execute(statement)
+def _script(script: str) -> Callable[[sqlite_utils.Database], None]:
+    """The migration that is nothing but these statements."""
 
+    def run(db: sqlite_utils.Database) -> None:
+        for statement in sqlite_statements(script):
+            db.execute(statement)
 
-def _v2(db: sqlite_utils.Database) -> None:
-    for statement in sqlite_statements(_V2):
-        db.execute(statement)
-
-
-def _v3(db: sqlite_utils.Database) -> None:
-    for statement in sqlite_statements(_V3):
-        db.execute(statement)
-
-
-def _v4(db: sqlite_utils.Database) -> None:
-    for statement in sqlite_statements(_V4):
-        db.execute(statement)
+    return run
 
 
 def _v5(db: sqlite_utils.Database) -> None:
@@ -412,8 +402,7 @@ def _v5(db: sqlite_utils.Database) -> None:
         db.execute(f"INSERT INTO new_{table} ({names}) SELECT {names} FROM {table}")
         db.execute(f"DROP TABLE {table}")
         db.execute(f"ALTER TABLE new_{table} RENAME TO {table}")
-    for statement in sqlite_statements(_VIEW):
-        db.execute(statement)
+    _script(_VIEW)(db)
     # Which journal this is, on the first page of the file and of its WAL: SQLite would take another's WAL for its own.
     half = 1 + secrets.randbelow((1 << 15) - 1)
     db.execute(f"PRAGMA application_id = {half << 16 | half * ID_SPREAD & 0xFFFF:d}")
@@ -444,7 +433,7 @@ def sqlite_statements(script: str) -> list[str]:
     return out
 
 
-MIGRATIONS: tuple[Callable[[sqlite_utils.Database], None], ...] = (_v1, _v2, _v3, _v4, _v5)
+MIGRATIONS: tuple[Callable[[sqlite_utils.Database], None], ...] = (*map(_script, (_V1, _V2, _V3, _V4)), _v5)
 VERSION = len(MIGRATIONS)
 
 

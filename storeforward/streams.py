@@ -43,6 +43,11 @@ class Chunk:
     columns: list[Any]
     size_bytes: int
 
+    @property
+    def end_seq(self) -> int:
+        """One past the last seq."""
+        return self.first_seq + len(self.columns) // COLUMNS
+
 
 @dataclass(eq=False, slots=True)
 class Cursor:
@@ -178,7 +183,7 @@ class Stream:
 
     def forget(self, seq: int) -> None:
         """Nobody needs anything before `seq` any more."""
-        while self.tail and self.tail[0].first_seq + len(self.tail[0].columns) // COLUMNS <= seq:
+        while self.tail and self.tail[0].end_seq <= seq:
             self._drop_chunk()
 
     def _drop_chunk(self) -> None:

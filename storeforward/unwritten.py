@@ -149,7 +149,7 @@ class Unwritten:
         rows = size = 0
         while self.chunks and self.first < position:
             chunk = self.chunks[0]
-            end = chunk.first_seq + len(chunk.columns) // COLUMNS
+            end = chunk.end_seq
             upto = min(position, end)
             if self.first == chunk.first_seq and upto == end:
                 size += chunk.size_bytes
@@ -198,7 +198,7 @@ class Unwritten:
             columns += chunk.columns[max(0, first - chunk.first_seq) * COLUMNS :]
         offered = None
         if self.chunks:
-            end = self.chunks[-1].first_seq + len(self.chunks[-1].columns) // COLUMNS
+            end = self.chunks[-1].end_seq
             offered = Offered(first, columns.copy(), self._since[0], [each for each in self._tokens if each[0] <= end])
         if self.fresh is not None:
             columns += self.fresh.columns

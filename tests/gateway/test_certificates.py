@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from gateway import certificates
 from gateway.certificates import LOOK_S, Certificates
+from gateway.child import ChildError
 from gateway.cli.main import cli
 from gateway.config import loads
 from security.expiry import RELEASED_S
@@ -106,6 +109,59 @@ def test_a_clock_that_is_not_set_judges_nothing_and_everything_is_tried_again_on
         "clock not set: no certificate can be judged by it",
         "clock set",
     ]
+
+
+def test_a_child_that_gives_no_answer_is_asked_again_and_what_is_known_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "lineside.certificates")
+    pki = Pki(tmp_path / "pki")
+    text = TLS_GATEWAY.format(
+        state=tmp_path / "state", port=1, hub_port=1, ca=pki.ca, cert=pki.client.cert, key=pki.client.key
+    )
+    config = loads(text, check_files=False)
+    answering = True
+    asked = 0
+    ask = certificates.ask
+
+    async def perhaps(*arguments: str, timeout_s: float) -> bytes:
+        nonlocal asked
+        asked += 1
+        if not answering:
+            raise ChildError("was ended by SIGKILL")
+        return await ask(*arguments, timeout_s=timeout_s)
+
+    monkeypatch.setattr(certificates, "ask", perhaps)
+
+    async def run() -> None:
+        nonlocal answering
+        watch = Certificates(config)
+
+        async def look() -> dict[str, str]:
+            watch.stop()
+            watch._look()
+            await settled(watch)
+            return states(watch.status())
+
+        good = {"hub depot cert": "good", "hub depot ca": "good"}
+        answering = False
+        assert await look() == {}
+        answering = True
+        assert await look() == good
+        assert await look() == good
+        assert asked == 2, "once it is known, no child is asked without a reason"
+        os.utime(pki.client.cert, (1, 1))
+        answering = False
+        assert await look() == good
+        assert await look() == good
+        answering = True
+        assert await look() == good
+        assert asked == 5
+        watch.stop()
+
+    asyncio.run(run())
+    said = [r for r in caplog.records if r.getMessage() == "the ends of the certificates could not be read"]
+    assert len(said) == 2, "once each time that it fails, however often it is tried"
 
 
 def test_a_daemon_whose_certificate_ended_a_month_ago_keeps_everything_and_sends_it_once_it_is_renewed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -83,13 +84,18 @@ def test_files_are_read_in_a_process_of_their_own_each_with_its_answer(tmp_path:
         pem += made.public_bytes(serialization.Encoding.PEM)
     crl.write_bytes(pem)
     (tmp_path / "bad.pem").write_text("no")
-    files = [pki.client.cert, crl, tmp_path / "bad.pem", tmp_path / "missing.pem"]
+    # Of no version that there is: OpenSSL takes it all the same, and the files after it must be told of.
+    der = x509.load_pem_x509_certificate(pki.client.cert.read_bytes()).public_bytes(serialization.Encoding.DER)
+    odd = der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x05", 1)
+    (tmp_path / "odd.pem").write_text(ssl.DER_cert_to_PEM_cert(odd))
+    files = [tmp_path / "odd.pem", pki.client.cert, crl, tmp_path / "bad.pem", tmp_path / "missing.pem"]
     done = subprocess.run([sys.executable, "-m", "security.expiry", *map(str, files)], capture_output=True, check=True)
-    cert, lists, bad, missing = (json.loads(line) for line in done.stdout.splitlines())
+    strange, cert, lists, bad, missing = (json.loads(line) for line in done.stdout.splitlines())
     assert Validity(**cert) == read(pki.client.cert)
     assert cert["subject"] == "CN=loco-4711"
     assert cert["not_after_s"] - now.timestamp() == pytest.approx(60 * DAY_S, abs=120)
     assert lists["is_list"]
     assert lists["not_after_s"] == (now + datetime.timedelta(days=20)).timestamp(), "the list that ends first"
+    assert "version" in strange["error"]
     assert bad["error"]
     assert missing["error"]

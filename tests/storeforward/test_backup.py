@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import threading
@@ -294,3 +295,24 @@ def test_a_hand_over_killed_at_any_step_never_leaves_two_owners(tmp_path: Path) 
             break
     assert not died
     assert both
+
+
+def test_a_restore_that_fails_in_the_middle_says_where_the_old_journal_is_and_the_next_start_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, target = tmp_path / "state", tmp_path / "backup.db"
+    fill(state, 3)
+    back_up(state, target)
+    fill(state, 2)
+    replace = os.replace
+
+    def fails(source: Path, to: Path) -> None:
+        if to == state / "journal.db":
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("storeforward.backup.os.replace", fails)
+        with pytest.raises(JournalError, match=r"Input/output error; the next start .*quarantine/0001"):
+            restore(target, state, replace=True)
+    assert len(bodies(state)) == 5

@@ -338,3 +338,25 @@ def test_a_message_does_not_expire_because_a_bit_of_its_expiry_flipped(tmp_path:
     journal.commit_now()
     assert journal.query("SELECT seq, reason FROM loss") == [(1, "corrupt"), (2, "corrupt")]
     journal.close()
+
+
+def test_a_salvage_that_fails_for_want_of_a_file_leaves_no_empty_journal_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal.open(tmp_path)
+    journal.append(outbound(journal), "a/b", encode, b"owed")
+    journal.close()
+    (tmp_path / schema.SUSPECT).write_text("a page is damaged\n")
+
+    def gone(*_: object) -> None:
+        raise FileNotFoundError("somebody tidied up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("storeforward.salvage.mend", gone)
+        with pytest.raises(FileNotFoundError):
+            Journal.open(tmp_path)
+    assert not (tmp_path / "journal.db").exists(), "what it takes would be thrown away by the salvage to come"
+    journal = Journal.open(tmp_path)
+    assert journal.salvaged
+    assert [row.body[-4:] for row in journal.read(outbound(journal), 1, 10)] == [b"owed"]
+    journal.close()
