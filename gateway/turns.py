@@ -292,7 +292,7 @@ class Turns:
             who.turn()
         except Exception:  # whatever is wrong with one client, only its connection pays
             log.exception("a client's turn failed; its connection is closed")
-            who.abort()
+            self._loop.call_soon(who.abort)  # should that fail, too, those who wait behind it still have their turns
         finally:
             self.serving = None
             self.spent(account, self.cpu() - began_s)
