@@ -166,10 +166,6 @@ class Turns:
         return self._loop.time() - self._denied()
 
     @property
-    def waiting(self) -> bool:
-        return bool(self._heap)
-
-    @property
     def _contended(self) -> bool:
         """Whether it is better to wait for a moment when messages were staged."""
         now = self._loop.time()
