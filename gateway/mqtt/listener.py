@@ -261,16 +261,19 @@ class Client(asyncio.Protocol):
             self._login.cancel()
         self._transport = None
         self._rest = self._slices.end()
-        unread = self._rest or self._errands or self._conn.waiting
-        if unread and not (self._conn.closing or self._blocked):
-            self._over = True  # what it had said counts, and it may have said goodbye
-            self._wait()
-        elif self._turns.ready:
+        if self._turns.ready and not self._unfinished:
             with self._turns.charging(self.account):
                 self._end()
         else:
             self._over = True
             self._wait()
+
+    @property
+    def _unfinished(self) -> bool:
+        """Whether the client said more than is done: that counts when its connection is gone, too, as may a goodbye."""
+        if self._conn.closing or self._blocked:
+            return False
+        return bool(self._rest or self._errands or self._conn.waiting)
 
     def _end(self) -> None:
         """The connection is gone, and all that came by it is done."""
@@ -327,11 +330,11 @@ class Client(asyncio.Protocol):
 
     def _turn_after_the_end(self) -> None:
         conn = self._conn
-        if self._rest and not (self._errands or conn.waiting or conn.closing):
+        if self._unfinished and not (self._errands or conn.waiting):
             rest, self._rest = self._rest, b""
             conn.dear_left = 0
             self._take(conn.receive(rest, self._loop.time()))
-        if not (conn.closing or self._blocked) and (self._errands or conn.waiting):
+        if self._unfinished:
             self._wait()
         else:
             self._end()
