@@ -7,7 +7,6 @@ nothing of what is spoken.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import socket
@@ -27,9 +26,8 @@ AT_ONCE: Final = 4  # connections that are accepted without looking at the clock
 # does, and can't be measured where it is done. By `tests.bench.abuse sessions`: with 2.5 a publisher kept 0.79 of its
 # rate, with 6 it is 0.86.
 AFTERWARDS: Final = 6.0
-# There are no descriptors or no memory left: it is tried again after that long.
+# No descriptors or no memory are left, say: it is tried again after that long.
 RETRY_S: Final = 1.0
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 Factory = Callable[[], asyncio.BaseProtocol]
 
@@ -59,7 +57,10 @@ class Acceptor:
             self._loop.remove_reader(self.sock)
             self.sock.close()
 
-    abort = close
+    def abort(self) -> None:
+        """Its turn failed: whoever comes later is let in nevertheless."""
+        if not self._closed and self._resting is None:
+            self._rest()
 
     def _readable(self) -> None:
         if self._turns.ready:
@@ -98,16 +99,17 @@ class Acceptor:
             except ConnectionAbortedError:
                 continue  # gone while it waited
             except OSError as error:
-                if error.errno not in _EXHAUSTED:
-                    raise
                 # As asyncio's own servers do it: see `gateway.descriptors` for what is made of that.
-                context = {"message": "socket.accept() out of system resource", "exception": error, "socket": self.sock}
+                context = {"message": "socket.accept() failed", "exception": error, "socket": self.sock}
                 self._loop.call_exception_handler(context)
-                self._loop.remove_reader(self.sock)
-                self._resting = self._loop.call_later(RETRY_S, self._retry)
+                self._rest()
                 return False
             self._let_in(sock, peer_of(address))
         return True
+
+    def _rest(self) -> None:
+        self._loop.remove_reader(self.sock)
+        self._resting = self._loop.call_later(RETRY_S, self._retry)
 
     def _retry(self) -> None:
         self._resting = None

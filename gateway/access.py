@@ -135,14 +135,6 @@ class Access:
         """What this identity may do; None where there is no rule, so that nobody pays for having none."""
         return Permit(self.rules, identity) if self.rules.rules else None
 
-    def may_publish(self, identity: Identity, topic: str) -> bool:
-        """For a single question; many of one connection go to its `permit`."""
-        return rules.decide(self.rules, identity, Action.PUBLISH, topic).allowed
-
-    def may_subscribe(self, identity: Identity, filter_: str) -> bool:
-        """As `may_publish`."""
-        return rules.decide(self.rules, identity, Action.SUBSCRIBE, filter_).allowed
-
     # -------------------------------------------------------------------------------------------------- logging in
 
     def admit(self, claim: Identity, password: bytes | None) -> Admission | None:

@@ -83,10 +83,6 @@ class Subscription:
     def retain_as_published(self) -> bool:
         return bool(self.options & 2)
 
-    @property
-    def retain_handling(self) -> int:
-        return self.options >> 2 & 3
-
 
 @dataclass(frozen=True, slots=True)
 class Want:

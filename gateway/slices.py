@@ -166,7 +166,7 @@ class Slices:
             self._loop.call_soon(self._again)
 
     def _slice(self) -> None:
-        if self._over:
+        if self._over or self._held:
             return
         size = self._bytes_max
         if not self._dear and self._byte_s:

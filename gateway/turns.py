@@ -166,10 +166,6 @@ class Turns:
         return self._loop.time() - self._denied()
 
     @property
-    def waiting(self) -> bool:
-        return bool(self._heap)
-
-    @property
     def _contended(self) -> bool:
         """Whether it is better to wait for a moment when messages were staged."""
         now = self._loop.time()
@@ -292,7 +288,7 @@ class Turns:
             who.turn()
         except Exception:  # whatever is wrong with one client, only its connection pays
             log.exception("a client's turn failed; its connection is closed")
-            who.abort()
+            self._loop.call_soon(who.abort)  # should that fail, too, those who wait behind it still have their turns
         finally:
             self.serving = None
             self.spent(account, self.cpu() - began_s)

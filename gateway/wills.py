@@ -89,12 +89,9 @@ class Wills:
             (client_id, topic, payload, will.qos, will.retain, section, delay_s),
         )
 
-    def forget(self, client_id: str) -> Testament | None:
-        """Delete a client's will, and return it."""
-        will = self._by_client.pop(client_id, None)
-        if will is not None:
+    def forget(self, client_id: str) -> None:
+        if self._by_client.pop(client_id, None) is not None:
             self._journal.execute("DELETE FROM mqtt_will WHERE client_id = ?", (client_id,))
-        return will
 
     def get(self, client_id: str) -> Testament | None:
         return self._by_client.get(client_id)
@@ -107,9 +104,7 @@ class Wills:
 
     def postpone(self, will: Testament) -> None:
         """The disk is full: the will keeps its place, and is tried again after a while."""
-        due = self._journal.age_us() + RETRY_S * 1_000_000
-        self._by_client[will.client_id] = replace(will, due_age_us=due)
-        self._journal.execute("UPDATE mqtt_will SET due_age_us = ? WHERE client_id = ?", (due, will.client_id))
+        self._due_in(RETRY_S, will)
 
     def committed(self, tokens: list[Testament]) -> None:
         """These are published."""
@@ -121,28 +116,19 @@ class Wills:
             else:
                 self.postpone(will)
 
-    def start(self, client_id: str, session_expiry_s: int | None) -> int | None:
-        """The client's connection ended without its goodbye: return when its will is due, None if it has none.
+    def start(self, client_id: str, session_expiry_s: int | None) -> None:
+        """The client's connection ended without its goodbye.
 
-        That is after the will delay or with the end of the session, whichever comes first (MQTT-3.1.3-9, §3.1.3.2.2).
+        Its will is due after the delay or with the session's end, whichever comes first (MQTT-3.1.3-9, §3.1.3.2.2).
         """
         will = self._by_client.get(client_id)
-        if will is None:
-            return None
-        delay_s = will.delay_s if session_expiry_s is None else min(will.delay_s, session_expiry_s)
-        due = self._journal.age_us() + delay_s * 1_000_000
-        self._by_client[client_id] = Testament(
-            will.client_id,
-            will.topic,
-            will.payload,
-            will.qos,
-            will.retain,
-            will.properties,
-            will.delay_s,
-            due,
-        )
-        self._journal.execute("UPDATE mqtt_will SET due_age_us = ? WHERE client_id = ?", (due, client_id))
-        return due
+        if will is not None:
+            self._due_in(will.delay_s if session_expiry_s is None else min(will.delay_s, session_expiry_s), will)
+
+    def _due_in(self, seconds: int, will: Testament) -> None:
+        due = self._journal.age_us() + seconds * 1_000_000
+        self._by_client[will.client_id] = replace(will, due_age_us=due)
+        self._journal.execute("UPDATE mqtt_will SET due_age_us = ? WHERE client_id = ?", (due, will.client_id))
 
     def due(self, age_us: int) -> list[Testament]:
         """Wills whose time has come, in that order."""

@@ -253,7 +253,6 @@ class Client(asyncio.Protocol):
             self._broker.pump(self._session)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._listener.clients.discard(self)
         self._listener.surplus.discard(self)
         if self._timer is not None:
             self._timer.cancel()
@@ -261,19 +260,27 @@ class Client(asyncio.Protocol):
             self._login.cancel()
         self._transport = None
         self._rest = self._slices.end()
-        unread = self._rest or self._errands or self._conn.waiting
-        if unread and not (self._conn.closing or self._blocked):
-            self._over = True  # what it had said counts, and it may have said goodbye
-            self._wait()
-        elif self._turns.ready:
+        if self._session is not None and self._conn.awaiting_verdict:
+            self._over = True  # what it said behind CONNECT waits for the commit that holds its session or will
+            return
+        self._listener.clients.discard(self)
+        if self._turns.ready and not self._unfinished:
             with self._turns.charging(self.account):
                 self._end()
         else:
             self._over = True
             self._wait()
 
+    @property
+    def _unfinished(self) -> bool:
+        """Whether the client said more than is done: that counts when its connection is gone, too, as may a goodbye."""
+        if self._conn.closing or self._blocked:
+            return False
+        return bool(self._rest or self._errands or self._conn.waiting)
+
     def _end(self) -> None:
         """The connection is gone, and all that came by it is done."""
+        self._listener.clients.discard(self)
         self._over = False
         self._rest = b""
         self._errands.clear()
@@ -327,11 +334,11 @@ class Client(asyncio.Protocol):
 
     def _turn_after_the_end(self) -> None:
         conn = self._conn
-        if self._rest and not (self._errands or conn.waiting or conn.closing):
+        if self._unfinished and not (self._errands or conn.waiting):
             rest, self._rest = self._rest, b""
             conn.dear_left = 0
             self._take(conn.receive(rest, self._loop.time()))
-        if not (conn.closing or self._blocked) and (self._errands or conn.waiting):
+        if self._unfinished:
             self._wait()
         else:
             self._end()
@@ -760,6 +767,8 @@ class Client(asyncio.Protocol):
                     self._accept(session, present, assigned, told)
                 self._enter()
                 self._resume()
+            if self._over:
+                self._wait()
 
         if lasts:
             self._pause()  # the time to CONNECT is over; what is sent meanwhile waits in the socket
@@ -1014,7 +1023,7 @@ class Client(asyncio.Protocol):
     def _set_timer(self) -> None:
         now = self._loop.time()
         deadline = self._conn.deadline(now)
-        if deadline is not None:
+        if deadline is not None and self._transport is not None:
             self._timer = self._loop.call_at(max(deadline, now + 0.05), self._tick)
 
     def _tick(self) -> None:

@@ -105,7 +105,7 @@ class WebSocketProtocol(asyncio.Protocol):
         self._slices.release()
 
     def close(self) -> None:
-        """Say Close; the connection goes with the peer's answer, or without it after CLOSE_WAIT_S."""
+        """Say Close; the connection goes with the peer's answer, or without it at its deadline."""
         self._core.close(self._loop.time())
         self._set_timer()
         self._slices.release()  # the answer comes behind whatever the inner protocol did not want to read

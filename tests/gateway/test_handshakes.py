@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
 
-from gateway import transports
+from gateway import accepting, transports
 from gateway.accepting import open_server
 from gateway.config_values import Listen
 from gateway.mqtt.websocket import Rules
 from gateway.mqtt.websocket_driver import WebSocketProtocol
 from gateway.transports import Handshakes, ServerTls, TlsFiles
+from gateway.turns import Turns
 from security.tls import client_context
 from tests.pki import Pki
 from tests.websocket import BINARY, CLOSE, frame, frames, request
@@ -243,3 +246,31 @@ def test_a_protocol_that_fails_at_its_begin_loses_its_connection_only(
 
     asyncio.run(run())
     assert caplog.text.count("connection failed at its begin") == 2
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_connection_that_can_not_be_accepted_does_not_end_the_listening(
+    ready: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """accept(2) hands over errors of the network and of firewalls, in a turn, too."""
+    errors = [OSError(errno.EPERM, "not permitted"), OSError(errno.ENETDOWN, "the network is down")]
+    accept = socket.socket.accept
+
+    def failing(self: socket.socket) -> object:
+        if errors:
+            raise errors.pop()
+        return accept(self)
+
+    monkeypatch.setattr(accepting, "RETRY_S", 0.01)
+    monkeypatch.setattr(Turns, "ready", ready)
+    monkeypatch.setattr(socket.socket, "accept", failing)
+
+    async def run() -> None:
+        async with bench(WS) as at:
+            reader, writer = await at.dial()
+            writer.write(request("/mqtt"))
+            assert (await reader.readline()).startswith(b"HTTP/1.1 101")
+            writer.close()
+
+    asyncio.run(run())
+    assert caplog.text.count("socket.accept() failed") == 2

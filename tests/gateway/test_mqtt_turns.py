@@ -71,7 +71,7 @@ def busy(gateway: Gateway) -> Gateway:
     for n in range(FLOODS):
         speaks(b"flood-%d" % n, lambda n: attacks.subscribe(filters(n)))(gateway)
     gateway.live(0.3)
-    assert gateway.turns.waiting
+    assert len(gateway.turns)
     return gateway
 
 
@@ -140,6 +140,31 @@ def test_what_came_before_the_end_counts_and_so_does_a_goodbye(busy: Gateway, go
     assert client.pipe._protocol not in before
     topics = [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
     assert topics == (["said/last"] if goodbye else ["said/last", "will/mortal"])
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_what_was_said_behind_connect_counts_though_the_connection_ends_before_its_commit(
+    gateway: Gateway, goodbye: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client need not wait for its CONNACK (MQTT 5.0 §3.1.4); that of one with a will waits for the disk."""
+    watcher = Client(gateway, Connect(V5, "watcher"))
+    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
+    until(gateway, lambda: watcher.of(Suback))
+    with monkeypatch.context() as slow:
+        slow.setattr(gateway.committer, "kick", lambda: None)
+        client = Client(gateway, Connect(V5, "brief", will=Will("will/brief", b"dead", 1, False)))
+        client.say(Publish("said/brief", b"x"), *([Disconnect()] if goodbye else []))
+        until(gateway, lambda: "brief" in gateway.broker.wills)
+        client.pipe.close()
+        gateway.live(0.01)
+        assert not client.heard
+    gateway.committer.kick()
+    until(gateway, lambda: "brief" in gateway.broker.sessions)
+    until(gateway, lambda: "brief" not in gateway.broker.sessions)
+    gateway.live(0.1)
+    topics = [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
+    assert topics == (["said/brief"] if goodbye else ["said/brief", "will/brief"])
+    assert len(gateway.mqtt.clients) == 1
 
 
 def test_who_waits_for_its_turn_is_not_taken_for_silent(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

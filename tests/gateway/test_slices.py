@@ -41,9 +41,11 @@ class Transport(asyncio.Transport):
         self.aborted = True
 
 
-def play(transport: Transport, look: Callable[[bytes], Looked], story: Callable[[Slices], None]) -> None:
+def play(
+    transport: Transport, look: Callable[[bytes], Looked], story: Callable[[Slices], None], *, gated: bool = False
+) -> None:
     async def run() -> None:
-        story(Slices(Turns(asyncio.get_running_loop()), Account(), transport, look, gated=False))
+        story(Slices(Turns(asyncio.get_running_loop()), Account(), transport, look, gated=gated))
 
     asyncio.run(run())
 
@@ -95,3 +97,25 @@ def test_our_own_mistake_with_what_was_held_ends_that_connection_and_not_who_rel
     play(transport, broken, story)
     assert transport.aborted
     assert "a connection failed; it is closed" in caplog.text
+
+
+def test_nothing_is_looked_at_while_it_is_held_though_its_turn_comes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Turns, "ready", False)
+    looked: list[bytes] = []
+
+    def look(data: bytes) -> Looked:
+        looked.append(data)
+        return Looked(0, 1, False, 0.0)
+
+    def story(slices: Slices) -> None:
+        slices.feed(b"waits")
+        slices.hold()
+        slices.turn()
+        assert not looked
+        slices.release()
+        slices.turn()
+        assert looked == [b"waits"]
+
+    transport = Transport()
+    play(transport, look, story, gated=True)
+    assert transport.reading

@@ -109,7 +109,7 @@ def test_nothing_is_done_at_once_while_somebody_waits_or_there_is_no_credit(benc
     assert bench.turns.ready
     Client(bench, "a", portions=1).ask()
     assert not bench.turns.ready
-    assert bench.turns.waiting
+    assert len(bench.turns) == 1
     bench.loop.live(0.001)
     assert bench.turns.ready
 
@@ -210,6 +210,23 @@ def test_a_turn_that_fails_costs_its_own_connection_only(bench: Bench) -> None:
     assert bad.aborted
     assert bench.served == ["good", "good"]
     assert bench.turns.serving is None
+    assert len(bench.turns) == 0
+
+
+def test_one_whose_end_fails_as_well_keeps_nobody_from_its_turn(bench: Bench) -> None:
+    bad = Client(bench, "bad")
+
+    def fail() -> None:
+        raise ValueError("our own mistake")
+
+    bad.turn = bad.abort = fail  # type: ignore[method-assign]
+    bad.ask()
+    Client(bench, "behind", portions=2, account=bad.account).ask()
+    Client(bench, "good", portions=2).ask()
+    with pytest.raises(ValueError, match="our own mistake"):  # asyncio's loop would log it
+        bench.loop.live(0.1)
+    bench.loop.live(0.1)
+    assert sorted(bench.served) == ["behind", "behind", "good", "good"]
     assert len(bench.turns) == 0
 
 
