@@ -101,10 +101,10 @@ class Slices:
             self._again()
 
     def end(self) -> bytes:
-        """The connection is gone. What was not looked at, if it may be looked at now."""
+        """The connection is gone. What was not looked at."""
         self._over = True
         rest, self._rest = self._rest, b""
-        return b"" if self._dear else rest
+        return rest
 
     def last_words(self) -> None:
         """All is said from here. A peer that still sends must get to hear it: closed on unread bytes, TCP resets, and

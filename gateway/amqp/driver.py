@@ -160,8 +160,7 @@ class AmqpProtocol(asyncio.Protocol):
         self._release(Holds.UNREAD)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        rest = b"" if self._slices is None else self._slices.end()
-        if rest:
+        if self._slices is not None and (rest := self._slices.end()) and not self._slices.dear:
             self._receive(rest)
         self._over = True
         for timer in (self._timer, self._close_timer):

@@ -333,15 +333,29 @@ class Client(asyncio.Protocol):
         self.flush()
 
     def _turn_after_the_end(self) -> None:
-        conn = self._conn
-        if self._unfinished and not (self._errands or conn.waiting):
-            rest, self._rest = self._rest, b""
-            conn.dear_left = 0
-            self._take(conn.receive(rest, self._loop.time()))
+        if self._unfinished and not (self._errands or self._conn.waiting):
+            self._read_the_rest()
         if self._unfinished:
             self._wait()
         else:
             self._end()
+
+    def _read_the_rest(self) -> None:
+        rest, self._rest = self._rest, b""
+        self._conn.dear_left = 0
+        self._take(self._conn.receive(rest, self._loop.time()))
+
+    def _finish(self) -> None:
+        """As in turns, but now: who comes in its place must find all of it done. It is no more than one read gave."""
+        while self._unfinished:
+            if self._errands:
+                for _ in self._errands.popleft():
+                    pass
+            elif self._conn.waiting:
+                self._take(self._conn.go_on(AT_ONCE, self._loop.time()))
+            else:
+                self._read_the_rest()
+        self._end()
 
     def _begin(self, errand: Iterator[None], *, at_once: bool) -> None:
         """Dear work."""
@@ -975,8 +989,11 @@ class Client(asyncio.Protocol):
     def taken_over(self) -> None:
         """Another connection came with the same client identifier (MQTT 5.0 §3.1.4)."""
         log.info("client taken over", extra=self._who())
-        self._leave()
-        self._disconnect(Reason.SESSION_TAKEN_OVER)
+        if self._over:
+            self._finish()
+        else:
+            self._leave()
+            self._disconnect(Reason.SESSION_TAKEN_OVER)
 
     def shut_down(self) -> None:
         self._disconnect(Reason.SERVER_SHUTTING_DOWN)

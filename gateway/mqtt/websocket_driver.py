@@ -81,7 +81,7 @@ class WebSocketProtocol(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         rest = self._slices.end()
-        if rest:
+        if rest:  # frames are cheap, and what is dear in them the inner connection does by turns
             self._act(self._core.receive(rest, self._loop.time()))
         self._handshakes.end(self._outer.below)
         if self._timer is not None:

@@ -143,6 +143,29 @@ def test_what_came_before_the_end_counts_and_so_does_a_goodbye(busy: Gateway, go
 
 
 @pytest.mark.parametrize("goodbye", [True, False])
+def test_what_came_before_the_end_counts_though_the_same_client_is_back_before_its_turn(
+    busy: Gateway, goodbye: bool
+) -> None:
+    watcher = Client(busy, Connect(V5, "watcher"))
+    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
+    until(busy, lambda: watcher.of(Suback))
+    first = Client(busy, Connect(V5, "mortal", will=Will("will/mortal", b"dead", 1, False)))
+    until(busy, lambda: "mortal" in busy.broker.wills)
+    old = busy.broker.sessions["mortal"]
+    last = [Disconnect()] if goodbye else []
+    first.say(Subscribe(1, tuple(Subscription(f"f/{n}") for n in range(300))), Publish("said/last", b"x"), *last)
+    busy.live(0.001)
+    first.pipe.close()
+    second = Client(busy, Connect(V5, "mortal"))
+    until(busy, lambda: second.heard)
+    assert busy.broker.sessions["mortal"] is not old
+    until(busy, lambda: watcher.of(Publish))
+    busy.live(0.3)
+    topics = [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
+    assert topics == (["said/last"] if goodbye else ["said/last", "will/mortal"])
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
 def test_what_was_said_behind_connect_counts_though_the_connection_ends_before_its_commit(
     gateway: Gateway, goodbye: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,3 +119,21 @@ def test_nothing_is_looked_at_while_it_is_held_though_its_turn_comes_meanwhile(m
     transport = Transport()
     play(transport, look, story, gated=True)
     assert transport.reading
+
+
+def test_what_waits_for_its_turn_is_there_when_the_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A WebSocket client's last frames may hold what nobody sends again, and its goodbye."""
+    seen: list[bytes] = []
+
+    def look(data: bytes) -> Looked:
+        seen.append(data)
+        return Looked(1, 0, False, 0.0)
+
+    def story(slices: Slices) -> None:
+        slices.feed(b"last frames")
+        assert not seen
+        assert slices.end() == b"last frames"
+        assert slices.end() == b""
+
+    monkeypatch.setattr(Turns, "ready", False)
+    play(Transport(), look, story, gated=True)
