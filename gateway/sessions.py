@@ -223,6 +223,7 @@ class Session:
         self.no_local = 0  # how many of them are so
         self._desk = desk
         self._journal = desk.journal
+        self._searches = 0  # for what is retained for new subscriptions
         self._due_next = 1
         self._due_queue: deque[int] = deque()  # what of it is to be sent, again or for the first time, in order
         self._due_fresh: set[Due] = set()  # what of it was never sent
@@ -261,6 +262,7 @@ class Session:
     def _rewind(self) -> None:
         self._stamp += 1
         self._plan = None
+        self._searches = 0
         # What a group handed out goes to its other members.
         for sent in [s for s in self.sent.values() if isinstance(s.place, Group)]:
             del self.sent[sent.packet_id]
@@ -296,6 +298,16 @@ class Session:
             self.sent[packet_id] = sent
 
     # ------------------------------------------------------------------ retained messages due
+
+    def search_begins(self) -> None:
+        """It is about to be found out what the client is owed; until then it is sent nothing newer, which would be
+        followed by what was retained before.
+        """
+        self._searches += 1
+
+    def search_ends(self) -> None:
+        """It is owed all of it; the caller pumps."""
+        self._searches = max(0, self._searches - 1)
 
     def owe(self, messages: Iterable[tuple[Retained, int, tuple[int, ...]]]) -> bool:
         """Retained messages to give the client before anything newer; whether that waits for a commit."""
@@ -429,6 +441,7 @@ class Session:
             or feed is None
             or not feed.live
             or self._due_queue
+            or self._searches
             or self._plan is not None
             or outlet.congested
         ):
@@ -504,6 +517,8 @@ class Session:
         if self._due_queue:  # before anything newer
             outlet.flush()
             outlet.owes()
+            return
+        if self._searches:
             return
         more = False
         for feed in self.feeds.values():

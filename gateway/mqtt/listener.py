@@ -832,6 +832,9 @@ class Client(asyncio.Protocol):
                     starts += self._broker.starts(session, (s.filter,))
                 codes.append(reason or 0)
             yield
+        early = len(asked) > AT_ONCE  # the first of them are in force before the last
+        if early and self._session is session:
+            session.search_begins()
         for at, few in enumerate(_portions(asked)):
             if self._session is not session:
                 return
@@ -842,11 +845,15 @@ class Client(asyncio.Protocol):
             retained += give
             yield
         # Not before the subscription is on disk: a power cut must not take what was promised.
-        self._journal.wait(self, lambda: self._subscribed(session, packet, codes, retained))
+        self._journal.wait(self, lambda: self._subscribed(session, packet, codes, retained, searching=early))
 
-    def _subscribed(self, session: Session, packet: Subscribe, codes: list[int], retained: list[str]) -> None:
+    def _subscribed(
+        self, session: Session, packet: Subscribe, codes: list[int], retained: list[str], *, searching: bool
+    ) -> None:
         if self._session is not session:
             return
+        if not searching:
+            session.search_begins()
         wild = sum("+" in each or "#" in each for each in retained)
         count = len(retained) + wild * len(self._broker.retained) // AT_ONCE
         with self._turns.charging(self.account):
@@ -866,6 +873,7 @@ class Client(asyncio.Protocol):
             self._conn.suback(packet, codes)
             self.flush()
             if self._session is session:
+                session.search_ends()
                 granted = [s.filter for s, code in zip(packet.subscriptions, codes, strict=True) if code < 0x80]
                 self._listener.send_sys(self, granted)
                 self._broker.pump(session)

@@ -229,3 +229,22 @@ def test_no_local_does_not_hide_a_retained_message_from_others(join: Connector) 
     topic = fresh("retain/")
     retain(V5, join, topic, b"state")
     assert [each.payload for each in kept(V5, join, topic, options=1 | 4)] == [b"state"]
+
+
+@pytest.mark.parametrize("filters", [1, 40])
+def test_what_was_retained_before_comes_before_what_is_new(version: int, filters: int, join: Connector) -> None:
+    """However long it takes to find: else a subscriber would take an old state for the newest."""
+    topics = [fresh("retain/") for _ in range(filters)]
+    for topic in topics:
+        retain(version, join, topic, b"old")
+    listener = join(version)
+    listener.say(
+        mqtt.subscribe(version, 1, *((topic, 0) for topic in topics)),
+        *(mqtt.publish(version, topic, b"new") for topic in topics),
+    )
+    heard: dict[str, list[tuple[bytes, bool]]] = {topic: [] for topic in topics}
+    for _ in range(2 * filters + 1):
+        got = listener.hear()
+        if got.kind == mqtt.PUBLISH:
+            heard[got.topic].append((got.payload, got.retain))
+    assert heard == {topic: [(b"old", True), (b"new", False)] for topic in topics}
