@@ -2,8 +2,9 @@
 
 A slice takes about PORTION_S, by what the last ones took. After one that was plain the others have as long, if any of
 them has something to say; one that was dear is charged (see `turns`), and where a protocol shows only afterwards what
-that was (`gated`), the peer waits for its turn with the next. Between slices nothing is read from the socket. Knows no
-protocol: `look` says what a slice was.
+that was (`gated`), the peer waits for its turn with the next. Between slices nothing is read from the socket. What came
+before the end of a connection is looked at like the rest, and its end comes after that. Knows no protocol: `look` says
+what a slice was.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Slices:
         self._looking = False
         self._reading = True
         self._over = False
+        self._then: Callable[[], None] | None = None
         self._discarded_bytes = 0
 
     @property
@@ -89,7 +91,7 @@ class Slices:
         else:  # HOT: tests/bench, intake
             self._see(data)
             if self._rest or not self._reading:
-                self._then()
+                self._next()
 
     def hold(self) -> None:
         self._held = True
@@ -100,17 +102,24 @@ class Slices:
         if not (self._waits or self._looking):
             self._again()
 
-    def end(self) -> bytes:
-        """The connection is gone. What was not looked at."""
+    def end(self, then: Callable[[], None]) -> None:
+        """Nothing more is read. What there is is looked at by turns as before, then `then` is called, once."""
+        self._then = then
+        if not (self._waits or self._looking):
+            self._again()
+
+    def drop(self) -> None:
+        """Nothing more is looked at."""
         self._over = True
-        rest, self._rest = self._rest, b""
-        return rest
+        self._rest = b""
+        if self._then is not None and not self._looking:
+            self._again()
 
     def last_words(self) -> None:
         """All is said from here. A peer that still sends must get to hear it: closed on unread bytes, TCP resets, and
         what the peer has not read by then is lost to it. So bytes are thrown away until its end, for a while.
         """
-        self.end()
+        self.drop()
         transport = self._transport
         try:
             if transport.can_write_eof():
@@ -127,17 +136,18 @@ class Slices:
     def turn(self) -> None:
         self._waits = False
         self._slice()
-        while self._dear and self._rest and not (self._held or self._over or self._turns.over):
+        while self._dear and self._rest and not (self._held or self._turns.over):
             self._slice()
-        self._then()
+        self._next()
 
     def abort(self) -> None:
+        self.drop()
         self._transport.abort()
 
     def _go_on(self) -> None:
         if self._rest and (self._turns.ready if self._dear else self._helpings.left_s(self) > 0):
             self._slice()
-        self._then()
+        self._next()
 
     def _again(self) -> None:
         self._waits = False
@@ -147,11 +157,14 @@ class Slices:
             log.exception("a connection failed; it is closed")
             self.abort()
 
-    def _then(self) -> None:
-        if self._held or self._over:
+    def _next(self) -> None:
+        if self._held and not self._over:
             return
         if not self._rest:
-            self._read(True)
+            if self._then is None:
+                self._read(True)
+            else:
+                self._finish(self._then)
             return
         self._read(False)
         self._waits = True
@@ -165,8 +178,16 @@ class Slices:
         else:
             self._loop.call_soon(self._again)
 
+    def _finish(self, then: Callable[[], None]) -> None:
+        self._over, self._then = True, None
+        if self._turns.serving is None:
+            with self._turns.charging(self.account):
+                then()
+        else:
+            then()
+
     def _slice(self) -> None:
-        if self._over or self._held:
+        if self._held or not self._rest:
             return
         size = self._bytes_max
         if not self._dear and self._byte_s:
@@ -180,6 +201,9 @@ class Slices:
         began = turns.cpu()
         try:
             dear, plain, staged, accounted_s = self._look(data)
+        except Exception:
+            self.drop()
+            raise
         finally:
             self._looking = False
         took = self._took_s = turns.cpu() - began - accounted_s
@@ -204,6 +228,6 @@ class Slices:
             turns.messages(messages_s, staged=staged)
 
     def _read(self, on: bool) -> None:
-        if self._reading is not on and not (self._over or self._transport.is_closing()):
+        if self._reading is not on and not (self._over or self._then is not None or self._transport.is_closing()):
             self._reading = on
             (self._transport.resume_reading if on else self._transport.pause_reading)()

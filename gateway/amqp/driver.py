@@ -12,6 +12,7 @@ import math
 import socket
 from collections.abc import Callable
 from enum import Flag, auto
+from functools import partial
 from typing import Any, Protocol
 
 from gateway.amqp.engine import Engine
@@ -71,7 +72,8 @@ class AmqpProtocol(asyncio.Protocol):
         self._timer_at = math.inf
         self._close_timer: asyncio.TimerHandle | None = None
         self._flush_scheduled = False
-        self._over = False
+        self._gone = False  # the connection is, and
+        self._over = False  # what came by it is dealt with
         self._ending = False
         self.write_paused = False
         self.handed_bytes = 0  # of what the owner handed to the engine, how much it has not given out (see hand)
@@ -133,7 +135,7 @@ class AmqpProtocol(asyncio.Protocol):
                 case _:
                     dear += 1
         assert self._slices is not None
-        if self.write_paused and self._slices.dear and not plain:
+        if self.write_paused and self._slices.dear and not (plain or self._gone):
             self._hold(Holds.UNREAD)  # whoever asks and asks, and reads no answers, gets no more of them
         return Looked(dear if dear or plain else 1, plain, staged, 0.0)
 
@@ -160,13 +162,19 @@ class AmqpProtocol(asyncio.Protocol):
         self._release(Holds.UNREAD)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._slices is not None and (rest := self._slices.end()) and not self._slices.dear:
-            self._receive(rest)
-        self._over = True
+        self._gone = self.write_paused = True
         for timer in (self._timer, self._close_timer):
             if timer is not None:
                 timer.cancel()
         self._timer = self._close_timer = None
+        if self._slices is None:
+            self._lost(exc)
+        else:
+            self._release(Holds.UNREAD)
+            self._slices.end(partial(self._lost, exc))
+
+    def _lost(self, exc: Exception | None) -> None:
+        self._over = True
         self.engine.lost()
         try:
             self._handler.on_lost(exc)
@@ -177,7 +185,7 @@ class AmqpProtocol(asyncio.Protocol):
 
     def schedule_flush(self) -> None:
         """Send what the engine has, once in this turn of the loop however often this is called."""
-        if not self._flush_scheduled and not self._over:
+        if not self._flush_scheduled and not self._gone:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
 
@@ -192,15 +200,17 @@ class AmqpProtocol(asyncio.Protocol):
 
     def close(self, condition: str | None = None, description: str = "") -> None:
         """Say goodbye: TCP stays until the peer's close, or CLOSE_WAIT_S."""
-        if self._over or self._transport is None:
+        if self._gone or self._transport is None:
             return
         self.engine.close(condition, description)
         self._expect_end()
         self.schedule_flush()
 
     def abort(self) -> None:
-        """Drop the connection now."""
+        """Drop the connection now, and what came by it and is not looked at."""
         if self._transport is not None and not self._over:
+            if self._slices is not None:
+                self._slices.drop()
             self._transport.abort()
 
     def pause_reading(self) -> None:
@@ -262,7 +272,7 @@ class AmqpProtocol(asyncio.Protocol):
 
     def _write(self) -> None:
         transport = self._transport
-        if self._over or transport is None or transport.is_closing():
+        if self._gone or transport is None or transport.is_closing():
             return
         engine = self.engine
         while not self.write_paused:
@@ -289,7 +299,7 @@ class AmqpProtocol(asyncio.Protocol):
             self._slices.last_words()
 
     def _expect_end(self) -> None:
-        if self._close_timer is None and not self._over:
+        if self._close_timer is None and not self._gone:
             self._close_timer = self._loop.call_later(CLOSE_WAIT_S, self.abort)
 
     def _tick(self) -> None:
@@ -297,7 +307,7 @@ class AmqpProtocol(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._timer_at = math.inf
-        if self._over:
+        if self._gone:
             return
         now = self._loop.time()
         deadline = self.engine.tick(now)

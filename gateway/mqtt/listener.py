@@ -13,6 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
@@ -42,7 +43,7 @@ from gateway.slices import Looked, Slices
 from gateway.transports import peer_name, source_of
 from gateway.turns import Account, Turns
 from security.identity import CertificateIdentity, certificate_identity
-from security.rules import Action
+from security.rules import Action, Identity
 from storeforward.errors import JournalFull
 from storeforward.journal import Encode, Journal
 
@@ -174,13 +175,15 @@ class Client(asyncio.Protocol):
         self._congested = False
         self._paused = False
         self._expiry: int | None = 0
+        self._claim: Identity
         self._admission: Admission | None = None
         self._permit: Permit | None = None
         self._login: asyncio.Task[None] | None = None
         self._deaf = False
         self._parted = False  # the client said DISCONNECT
         self._ending = False  # we have said all we had to say
-        self._rest = b""  # what came before the connection ended, and is not looked at yet
+        self._finishing = False  # nothing more is read; what was said is done, and then this ends
+        self._successors: list[Callable[[], None]] = []  # who came in its place, and waits for that
         self._slices: Slices
         self._turns = listener.turns
         self.account = Account()  # until it is let in, that of where it comes from
@@ -188,7 +191,7 @@ class Client(asyncio.Protocol):
         self._errands: deque[Iterator[None]] = deque()  # dear work that is begun; what comes next waits for it
         self._due = False  # retained messages are
         self._waits = False  # for its turn
-        self._over = False  # the connection is gone, and not all of what came by it is done
+        self._over = False  # the connection is gone, and all that came by it is done, but for the end itself
         self._refusals_logged = 0
         self.peer = "?"
         self.identity: CertificateIdentity | None = None  # who the client's certificate says it is, verified
@@ -202,6 +205,7 @@ class Client(asyncio.Protocol):
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.identity = certificate_identity(transport.get_extra_info("peercert"))
+        self._claim = identity_of(transport, "mqtt")
         self.peer = peer_name(transport)
         source, self._local = source_of(self.peer)
         self.account = self._turns.account(source)
@@ -232,7 +236,7 @@ class Client(asyncio.Protocol):
                 plain += len(event.messages)
         if conn.waiting or self._errands:
             self._enter()
-        if self._congested and self._unread:
+        if self._congested and self._unread and not self._finishing:
             self._pause()
         dear -= conn.dear_left
         plain = plain - dear if plain > dear else 0  # what is to be retained is a message, too
@@ -253,47 +257,49 @@ class Client(asyncio.Protocol):
             self._broker.pump(self._session)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._listener.surplus.discard(self)
         if self._timer is not None:
             self._timer.cancel()
-        if self._login is not None:
-            self._login.cancel()
         self._transport = None
-        self._rest = self._slices.end()
-        if self._session is not None and self._conn.awaiting_verdict:
-            self._over = True  # what it said behind CONNECT waits for the commit that holds its session or will
-            return
-        self._listener.clients.discard(self)
-        if self._turns.ready and not self._unfinished:
-            with self._turns.charging(self.account):
-                self._end()
+        self._finish(self._gone)
+
+    def _finish(self, then: Callable[[], None]) -> None:
+        """Have done what was said, in turns as ever, and then that: it counts when the connection is gone, too, and so
+        may a goodbye.
+        """
+        self._finishing = True
+        if self._deaf:
+            self._slices.drop()
+        self._resume()
+        self._slices.end(then)
+
+    def _gone(self) -> None:
+        self._over = True
+        if self._session is None or self._turns.ready:
+            self._end()
         else:
-            self._over = True
             self._wait()
 
-    @property
-    def _unfinished(self) -> bool:
-        """Whether the client said more than is done: that counts when its connection is gone, too, as may a goodbye."""
-        if self._conn.closing or self._blocked:
-            return False
-        return bool(self._rest or self._errands or self._conn.waiting)
-
     def _end(self) -> None:
-        """The connection is gone, and all that came by it is done."""
         self._listener.clients.discard(self)
+        self._listener.surplus.discard(self)
         self._over = False
-        self._rest = b""
         self._errands.clear()
         self._take(self._conn.eof())
         self._leave()
+        self._succeed()
+
+    def _succeed(self) -> None:
+        successors, self._successors = self._successors, []
+        for come_in in successors:
+            come_in()
 
     # ------------------------------------------------------------------ what costs more than messages do
 
     @property
     def _blocked(self) -> bool:
         """Whether nothing more may be taken from the client for now. What ends it calls `_resume`."""
-        held = bool(self._held) and self._transport is not None  # what comes after the end is entered in the ledger
-        return held or self._deaf or self._conn.awaiting_verdict or self._unread
+        waits = bool(self._held) or self._unread  # for room in a stream, or to have its answers read
+        return (waits and not self._finishing) or self._deaf or self._conn.awaiting_verdict
 
     def _enter(self) -> None:
         """Have the rest of what is dear done when it is this client's turn, and read no more until then."""
@@ -310,9 +316,6 @@ class Client(asyncio.Protocol):
         """Do a portion of what is dear, in the order it came."""
         self._waits = False
         turns, conn, errands = self._turns, self._conn, self._errands
-        if self._transport is None and not self._over:
-            errands.clear()
-            return
         while errands and not turns.over:
             if next(errands[0], self) is self:
                 errands.popleft()
@@ -322,40 +325,15 @@ class Client(asyncio.Protocol):
                 self._session.pump_due(AT_ONCE)
         while conn.waiting and not (errands or self._blocked or turns.over):
             self._take(conn.go_on(AT_ONCE, self._loop.time()))
-        if self._over:
-            self._turn_after_the_end()
-        elif errands or self._due or (conn.waiting and not self._blocked):
+        if errands or self._due or (conn.waiting and not self._blocked):
             self._wait()
+        elif self._over:
+            self._end()
         else:
             self._resume()
         if self._journal.pending:
             self._listener.committer.kick()
         self.flush()
-
-    def _turn_after_the_end(self) -> None:
-        if self._unfinished and not (self._errands or self._conn.waiting):
-            self._read_the_rest()
-        if self._unfinished:
-            self._wait()
-        else:
-            self._end()
-
-    def _read_the_rest(self) -> None:
-        rest, self._rest = self._rest, b""
-        self._conn.dear_left = 0
-        self._take(self._conn.receive(rest, self._loop.time()))
-
-    def _finish(self) -> None:
-        """As in turns, but now: who comes in its place must find all of it done. It is no more than one read gave."""
-        while self._unfinished:
-            if self._errands:
-                for _ in self._errands.popleft():
-                    pass
-            elif self._conn.waiting:
-                self._take(self._conn.go_on(AT_ONCE, self._loop.time()))
-            else:
-                self._read_the_rest()
-        self._end()
 
     def _begin(self, errand: Iterator[None], *, at_once: bool) -> None:
         """Dear work."""
@@ -368,11 +346,18 @@ class Client(asyncio.Protocol):
     def abort(self) -> None:
         """Its turn failed: only this connection pays."""
         self._errands.clear()
-        self._deaf = True  # nothing more is done of what it has said
-        if self._transport is None:
+        self._deafen()
+        if self._over:
             self._end()
         else:
             self._abort()
+
+    def _deafen(self) -> None:
+        """Nothing more is done of what it has said."""
+        self._deaf = True
+        self._pause()
+        if self._finishing:
+            self._slices.drop()
 
     def owes(self) -> None:
         """Retained messages are due to the session."""
@@ -657,8 +642,7 @@ class Client(asyncio.Protocol):
             return True
         self._answer(acknowledged, [packet_id], qos, Reason.NOT_AUTHORIZED)
         if closing:
-            self._deaf = True
-            self._pause()
+            self._deafen()
         return not closing
 
     def _log_forbidden(self, action: Action, name: str, **fields: Any) -> None:
@@ -670,7 +654,8 @@ class Client(asyncio.Protocol):
     def _hold(self, messages: list[Published]) -> None:
         if not self._held:
             log.info("client held: the stream is full", extra=self._who())
-            self._pause()
+            if not self._finishing:
+                self._pause()
             self._loop.call_later(HOLD_RETRY_S, self._retry)
         self._held.extend(messages)
 
@@ -766,7 +751,9 @@ class Client(asyncio.Protocol):
         self._expiry = self._expiry_of(asked)
         other = self._broker.sessions.get(client_id)
         if other is not None and isinstance(other.outlet, Client):
-            other.outlet.taken_over()
+            self._pause()
+            other.outlet.taken_over(partial(self._come_in, connect))
+            return
         if self._local:
             self._slices.account = self.account = Account()  # apps of this machine are not one another's
         session, present, lasts = self._broker.connect(connect, client_id, self._expiry, self)
@@ -781,8 +768,6 @@ class Client(asyncio.Protocol):
                     self._accept(session, present, assigned, told)
                 self._enter()
                 self._resume()
-            if self._over:
-                self._wait()
 
         if lasts:
             self._pause()  # the time to CONNECT is over; what is sent meanwhile waits in the socket
@@ -790,6 +775,19 @@ class Client(asyncio.Protocol):
         else:
             self._accept(session, present, assigned, told)
             self._enter()
+
+    def _come_in(self, connect: Connect) -> None:
+        """Who had the session has left it."""
+        try:
+            if not self._conn.closing:
+                self._connect(connect)
+            self._resume()
+            self._listener.committer.kick()
+            self.flush()
+        except Exception:  # only this connection pays, and not the one that it takes over
+            log.exception("a connection failed; it is closed")
+            self._deafen()
+            self._abort()
 
     def _accept(self, session: Session, present: bool, assigned: str | None, expiry_s: int | None) -> None:
         """Session and will are on disk, or their end is: the client is told that it has them."""
@@ -930,8 +928,7 @@ class Client(asyncio.Protocol):
         if access is None:
             return True
         if self._admission is None:
-            assert self._transport is not None
-            claim = replace(identity_of(self._transport, "mqtt"), client=client_id, user=connect.username)
+            claim = replace(self._claim, client=client_id, user=connect.username)
             self._admission = access.admit(claim, connect.password)
             if self._admission is None:
                 self._pause()
@@ -959,9 +956,10 @@ class Client(asyncio.Protocol):
         finally:
             self._login = None
             if self._admission is None:  # cancelled, or our own mistake: nobody gets in by it
+                self._deafen()
                 self._abort()
         connect = self._conn.connect
-        if connect is not None and not self._conn.closing and self._transport is not None:
+        if connect is not None and not self._conn.closing:
             self._connect(connect)
             self._listener.committer.kick()
             self.flush()
@@ -994,14 +992,22 @@ class Client(asyncio.Protocol):
 
     # ------------------------------------------------------------------ ending
 
-    def taken_over(self) -> None:
-        """Another connection came with the same client identifier (MQTT 5.0 §3.1.4)."""
+    def taken_over(self, come_in: Callable[[], None]) -> None:
+        """Another connection came with the same client identifier (MQTT 5.0 §3.1.4); it is called once all is done that
+        was said by this one.
+        """
         log.info("client taken over", extra=self._who())
-        if self._over:
-            self._finish()
-        else:
-            self._leave()
+        self._successors.append(come_in)
+        if self._transport is not None:
+            self._finish(self._give_way)
+        elif self._over and not self._errands:
+            self._end()
+
+    def _give_way(self) -> None:
+        self._leave()
+        if not self._conn.closing:
             self._disconnect(Reason.SESSION_TAKEN_OVER)
+        self._succeed()
 
     def shut_down(self) -> None:
         self._disconnect(Reason.SERVER_SHUTTING_DOWN)
@@ -1059,7 +1065,7 @@ class Client(asyncio.Protocol):
             self._set_timer()
 
     def _pause(self) -> None:
-        if not self._paused and self._transport is not None and not self._transport.is_closing():
+        if not self._paused:
             self._paused = True
             self._slices.hold()
 

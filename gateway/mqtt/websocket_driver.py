@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gateway.mqtt.websocket import Closed, Event, Opened, Received, Refused, Rules, State, WebSocketServer
@@ -80,12 +81,13 @@ class WebSocketProtocol(asyncio.Protocol):
         self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        rest = self._slices.end()
-        if rest:  # frames are cheap, and what is dear in them the inner connection does by turns
-            self._act(self._core.receive(rest, self._loop.time()))
         self._handshakes.end(self._outer.below)
         if self._timer is not None:
             self._timer.cancel()
+        self._slices.release()  # the inner protocol keeps what it does not want to look at yet
+        self._slices.end(partial(self._gone, exc))
+
+    def _gone(self, exc: Exception | None) -> None:
         if self._inner is not None:
             self._inner.connection_lost(exc)
         elif self._core.state is State.CONNECTING:

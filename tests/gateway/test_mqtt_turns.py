@@ -190,6 +190,67 @@ def test_what_was_said_behind_connect_counts_though_the_connection_ends_before_i
     assert len(gateway.mqtt.clients) == 1
 
 
+@pytest.mark.parametrize("goodbye", [True, False])
+@pytest.mark.parametrize("noticed", [True, False])
+def test_what_was_said_behind_connect_counts_though_the_same_client_is_back_before_its_commit(
+    gateway: Gateway, goodbye: bool, noticed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`noticed`: that the old connection is gone. While it is not read from, that shows only in what is written."""
+    watcher = Client(gateway, Connect(V5, "watcher"))
+    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
+    until(gateway, lambda: watcher.of(Suback))
+    with monkeypatch.context() as slow:
+        slow.setattr(gateway.committer, "kick", lambda: None)
+        first = Client(gateway, Connect(V5, "brief", will=Will("will/brief", b"dead", 1, False)))
+        first.say(Publish("said/brief", b"x"), *([Disconnect()] if goodbye else []))
+        until(gateway, lambda: "brief" in gateway.broker.wills)
+        if noticed:
+            first.pipe.close()
+            gateway.live(0.01)
+        second = Client(gateway, Connect(V5, "brief"))
+        second.say(Pingreq())
+        gateway.live(0.01)
+        assert not second.heard
+    gateway.committer.kick()
+    until(gateway, lambda: second.of(Pingresp))
+    gateway.live(0.1)
+    topics = [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
+    assert topics == (["said/brief"] if goodbye else ["said/brief", "will/brief"])
+    until(gateway, lambda: len(gateway.mqtt.clients) == 2)
+    assert gateway.broker.sessions["brief"].outlet is second.pipe._protocol
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_what_a_client_said_and_nobody_did_yet_is_done_before_it_is_taken_over(busy: Gateway, goodbye: bool) -> None:
+    """It may have hung up: who is not read from cannot tell us."""
+    watcher = Client(busy, Connect(V5, "watcher"))
+    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
+    until(busy, lambda: watcher.of(Suback))
+    first = Client(busy, Connect(V5, "mortal", will=Will("will/mortal", b"dead", 1, False)))
+    until(busy, lambda: "mortal" in busy.broker.wills)
+    last = [Disconnect()] if goodbye else []
+    first.say(Subscribe(1, tuple(Subscription(f"f/{n}") for n in range(300))), Publish("said/last", b"x"), *last)
+    busy.live(0.001)
+    second, third = Client(busy, Connect(V5, "mortal")), Client(busy, Connect(V5, "mortal"))
+    until(busy, lambda: third.heard)
+    until(busy, lambda: watcher.of(Publish))
+    until(busy, lambda: first.pipe.closing)
+    busy.live(0.3)
+    topics = [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
+    assert topics == (["said/last"] if goodbye else ["said/last", "will/mortal"])
+    assert [p.reason for p in second.of(Disconnect) if isinstance(p, Disconnect)] == [0x8E]
+    assert busy.broker.sessions["mortal"].outlet is third.pipe._protocol
+
+
+def test_a_client_that_reads_nothing_does_not_keep_the_next_one_waiting(gateway: Gateway) -> None:
+    old = gateway.connect(reads=False)
+    old.send(encode(Connect(V5, "stuck"), V5) + encode(Pingreq(), V5) * 1_000_000)
+    until(gateway, lambda: not old.is_reading() and old.get_write_buffer_size() > 1 << 20)
+    new = Client(gateway, Connect(V5, "stuck"))
+    until(gateway, lambda: new.heard)
+    assert gateway.broker.sessions["stuck"].outlet is new.pipe._protocol
+
+
 def test_who_waits_for_its_turn_is_not_taken_for_silent(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client(gateway, Connect(V5, "brisk", keep_alive=1))
     until(gateway, lambda: client.heard)

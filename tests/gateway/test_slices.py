@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 from collections.abc import Callable
 
 import pytest
 
-from gateway.slices import DISCARDED_BYTES_MAX, Looked, Slices
-from gateway.turns import Account, Turns
+from gateway.slices import BYTES_FIRST, DISCARDED_BYTES_MAX, Looked, Slices
+from gateway.turns import PORTION_S, Account, Turns, Waiting
 
 
 class Transport(asyncio.Transport):
@@ -121,19 +122,71 @@ def test_nothing_is_looked_at_while_it_is_held_though_its_turn_comes_meanwhile(m
     assert transport.reading
 
 
-def test_what_waits_for_its_turn_is_there_when_the_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A WebSocket client's last frames may hold what nobody sends again, and its goodbye."""
+def test_what_came_before_the_end_is_looked_at_by_turns_and_the_end_comes_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last transfers and frames may hold what nobody sends again, and a goodbye."""
     seen: list[bytes] = []
+    times = itertools.count()
 
     def look(data: bytes) -> Looked:
         seen.append(data)
         return Looked(1, 0, False, 0.0)
 
     def story(slices: Slices) -> None:
-        slices.feed(b"last frames")
+        turns: list[Waiting] = []
+        monkeypatch.setattr(slices._turns, "enter", turns.append)
+        monkeypatch.setattr(slices._turns, "cpu", lambda: PORTION_S * next(times))
+        slices.feed(bytes(3 * BYTES_FIRST))
+        assert len(turns) == 1
+        slices.end(lambda: seen.append(b"the end"))
         assert not seen
-        assert slices.end() == b"last frames"
-        assert slices.end() == b""
+        while turns:
+            turns.pop().turn()
+        assert len(seen) >= 3
+        assert seen.pop() == b"the end"
+        assert b"".join(seen) == bytes(3 * BYTES_FIRST)
+        slices.feed(b"more")
+        assert b"more" not in seen
 
     monkeypatch.setattr(Turns, "ready", False)
+    monkeypatch.setattr(Turns, "over", True)
     play(Transport(), look, story, gated=True)
+
+
+def test_what_is_held_when_the_connection_ends_is_looked_at_once_it_is_released() -> None:
+    seen: list[bytes] = []
+
+    def look(data: bytes) -> Looked:
+        seen.append(data)
+        return Looked(0, 1, False, 0.0)
+
+    def story(slices: Slices) -> None:
+        slices.hold()
+        slices.feed(b"held")
+        slices.end(lambda: seen.append(b"the end"))
+        assert not seen
+        slices.release()
+        assert seen == [b"held", b"the end"]
+
+    play(Transport(), look, story)
+
+
+def test_the_end_comes_though_what_was_held_is_our_own_mistake_or_is_given_up() -> None:
+    ends: list[str] = []
+
+    def mistake(slices: Slices) -> None:
+        slices.hold()
+        slices.feed(b"held")
+        slices.end(lambda: ends.append("mistake"))
+        slices.release()
+
+    def given_up(slices: Slices) -> None:
+        slices.hold()
+        slices.feed(b"held")
+        slices.end(lambda: ends.append("given up"))
+        slices.drop()
+
+    for story in (mistake, given_up):
+        play(Transport(), broken, story)
+    assert ends == ["mistake", "given up"]

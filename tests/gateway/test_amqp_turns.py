@@ -1,0 +1,118 @@
+"""What an AMQP app sends before its connection ends is taken, though it has to wait for its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.turns import Turns, Waiting
+from tests import attacks
+from tests.own_time import Gateway, Pipe
+
+BODY = b"\x00\x53\x75\xa0\x01x"
+COUNT = 500
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[Gateway]:
+    gateway = Gateway(tmp_path)
+    gateway.amqp.directory.queue("other/1")  # who keeps what is sent there
+    yield gateway
+    gateway.close()
+
+
+def transfers(count: int) -> bytes:
+    return b"".join(attacks.transfer(n, BODY) for n in range(count))
+
+
+def journaled(gateway: Gateway) -> int:
+    gateway.live(0.1)
+    return sum(1 for _ in gateway.journal.read(gateway.broker.local, 1, 10_000))
+
+
+class Turned:
+    """Whoever has to wait for a turn has it when the test says so; each turn is as short as it may be."""
+
+    def __init__(self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waiting: list[Waiting] = []
+        self._gateway = gateway
+        monkeypatch.setattr(Turns, "ready", False)
+        monkeypatch.setattr(Turns, "over", True)
+        monkeypatch.setattr(gateway.turns, "enter", self.waiting.append)
+
+    def all(self) -> int:
+        count = 0
+        self._gateway.live(0.01)
+        while self.waiting:
+            count += 1
+            self.waiting.pop(0).turn()
+            self._gateway.live(0.01)
+        return count
+
+
+def open_app(gateway: Gateway, name: str, *, reads: bool = True) -> tuple[Pipe, attacks.Frames]:
+    frames = attacks.Frames()
+    pipe = gateway.connect(amqp=True, heard=frames.feed, reads=reads)
+    pipe.send(attacks.SASL + attacks.INIT + attacks.AMQP + attacks.open_frame(name) + attacks.begin())
+    gateway.live(0.1)
+    return pipe, frames
+
+
+def open_sender(gateway: Gateway, name: str) -> Pipe:
+    pipe, frames = open_app(gateway, name)
+    pipe.send(attacks.attach(0, name, receiver=False))
+    gateway.live(0.1)
+    assert frames.credit >= COUNT
+    return pipe
+
+
+def test_what_an_app_sent_before_it_hung_up_is_taken_by_turns(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is settled already: nobody sends it again."""
+    pipe = open_sender(gateway, "brief")
+    turned = Turned(gateway, monkeypatch)
+    pipe.send(attacks.EMPTY_FRAME * 1000 + transfers(COUNT))
+    gateway.live(0.01)
+    assert turned.waiting
+    pipe.close()
+    gateway.live(0.01)
+    assert not journaled(gateway)
+    assert len(gateway.amqp.peers) == 1  # it counts among those that are allowed
+    turned.all()
+    assert journaled(gateway) == COUNT
+    assert not gateway.amqp.peers
+
+
+def test_nothing_is_sent_to_an_app_that_is_gone(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its receiver takes messages from a queue, settled when they are sent: they would be lost."""
+    sender = open_sender(gateway, "sender")
+    sender.send(transfers(5))
+    assert journaled(gateway) == 5
+    pipe, _ = open_app(gateway, "gone")
+    turned = Turned(gateway, monkeypatch)
+    pipe.send(attacks.attach(0, "gone", receiver=True) + attacks.flow(echo=False, link_credit=10))
+    gateway.live(0.01)
+    assert turned.waiting
+    pipe.close()
+    turned.all()
+    assert len(gateway.amqp.peers) == 1
+    (group,) = gateway.amqp.directory.queue("other/1").groups.values()
+    assert group.cursor.position == 1
+
+
+def test_an_app_that_reads_no_answers_and_is_gone_ends(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = open_app(gateway, "deaf", reads=False)
+    pipe.send(b"".join(attacks.attach(n % 50, f"{n}", receiver=True) + attacks.detach(n % 50) for n in range(20_000)))
+    for _ in range(100):
+        gateway.live(0.1)
+        if not pipe.is_reading() and pipe._protocol.write_paused:  # type: ignore[attr-defined]
+            break
+    else:
+        pytest.fail("it is read on and on")
+    turned = Turned(gateway, monkeypatch)
+    pipe.close()
+    turned.all()
+    assert not gateway.amqp.peers
