@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from gateway.turns import PORTION_S, Account, Turns
 
@@ -41,19 +41,26 @@ class Looked(NamedTuple):
     accounted_s: float
 
 
+class Payer(Protocol):
+    """Whom a connection costs; for a client that is let in that may be somebody else than before."""
+
+    @property
+    def account(self) -> Account: ...
+
+
 class Slices:
-    """One connection's. `account` is whom it costs. `hold` until `release`: its owner takes nothing more."""
+    """One connection's. `hold` until `release`: its owner takes nothing more."""
 
     def __init__(
         self,
         turns: Turns,
-        account: Account,
+        payer: Payer,
         transport: asyncio.Transport,
         look: Callable[[bytes], Looked],
         *,
         gated: bool = True,
     ) -> None:
-        self.account = account
+        self._payer = payer
         self._turns = turns
         self._helpings = turns.helpings
         self._transport = transport
@@ -72,6 +79,10 @@ class Slices:
         self._over = False
         self._then: Callable[[], None] | None = None
         self._discarded_bytes = 0
+
+    @property
+    def account(self) -> Account:
+        return self._payer.account
 
     @property
     def dear(self) -> bool:

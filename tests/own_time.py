@@ -24,6 +24,9 @@ from gateway.committer import Committer
 from gateway.config import loads
 from gateway.mqtt.connection import Limits
 from gateway.mqtt.listener import MqttListener
+from gateway.mqtt.websocket import Rules
+from gateway.mqtt.websocket_driver import WebSocketProtocol
+from gateway.transports import Handshakes
 from gateway.turns import Turns
 from storeforward.batch import Batch
 from storeforward.errors import JournalError
@@ -246,6 +249,7 @@ class Gateway:
         self._run(self._listen)
 
     def _listen(self) -> None:
+        self.handshakes = Handshakes(1000, turns=self.turns)
         self.mqtt = MqttListener(self.broker, self.committer, Limits(), 1000, 86400.0, self.turns)
         self.amqp = AmqpListener(
             self.broker,
@@ -285,11 +289,15 @@ class Gateway:
         """On the loop's own clock."""
         self.loop.run_until_complete(asyncio.sleep(seconds))
 
-    def connect(self, *, amqp: bool = False, **how: Any) -> Pipe:
+    def connect(self, *, amqp: bool = False, websocket: bool = False, **how: Any) -> Pipe:
         pipes: list[Pipe] = []
 
         def begin() -> None:
-            protocol = self.amqp.protocol() if amqp else self.mqtt.protocol()
+            protocol: asyncio.Protocol
+            if websocket:
+                protocol = WebSocketProtocol(self.mqtt.protocol, Rules("/mqtt"), self.handshakes)
+            else:
+                protocol = self.amqp.protocol() if amqp else self.mqtt.protocol()
             pipes.append(Pipe(self.loop, protocol, **how))
 
         self._run(begin)

@@ -62,6 +62,7 @@ class AmqpProtocol(asyncio.Protocol):
     ) -> None:
         self._turns = turns
         self._slices: Slices | None = None
+        self.account = Account()  # whom this connection costs
         self._holds = Holds(0)
         self._make_engine = make_engine
         self._handler = handler
@@ -94,8 +95,8 @@ class AmqpProtocol(asyncio.Protocol):
         self.engine = self._make_engine(transport)
         self.engine.on_output = self.schedule_flush
         if self._turns is not None:
-            account = self._turns.account(source_of(peer_name(transport))[0])
-            self._slices = Slices(self._turns, account, transport, self._look)
+            self.account = self._turns.account(source_of(peer_name(transport))[0])
+            self._slices = Slices(self._turns, self, transport, self._look)
         if self._on_ready is not None:
             self.guarded(self._on_ready, self)
         self._tick()
@@ -138,16 +139,6 @@ class AmqpProtocol(asyncio.Protocol):
         if self.write_paused and self._slices.dear and not (plain or self._gone):
             self._hold(Holds.UNREAD)  # whoever asks and asks, and reads no answers, gets no more of them
         return Looked(dear if dear or plain else 1, plain, staged, 0.0)
-
-    @property
-    def account(self) -> Account | None:
-        """Whom this connection costs."""
-        return None if self._slices is None else self._slices.account
-
-    @account.setter
-    def account(self, account: Account) -> None:
-        if self._slices is not None:
-            self._slices.account = account
 
     def eof_received(self) -> bool | None:
         return False
@@ -265,7 +256,7 @@ class AmqpProtocol(asyncio.Protocol):
         self._flush_scheduled = False
         if self._slices is not None and self._slices.dear:
             assert self._turns is not None
-            with self._turns.charging(self._slices.account):
+            with self._turns.charging(self.account):
                 self._write()
         else:
             self._write()

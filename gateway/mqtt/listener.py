@@ -209,7 +209,7 @@ class Client(asyncio.Protocol):
         self.peer = peer_name(transport)
         source, self._local = source_of(self.peer)
         self.account = self._turns.account(source)
-        self._slices = Slices(self._turns, self.account, transport, self._look, gated=False)
+        self._slices = Slices(self._turns, self, transport, self._look, gated=False)
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         listener = self._listener
         if len(listener.clients) < listener.clients_max:
@@ -755,7 +755,7 @@ class Client(asyncio.Protocol):
             other.outlet.taken_over(partial(self._come_in, connect))
             return
         if self._local:
-            self._slices.account = self.account = Account()  # apps of this machine are not one another's
+            self.account = Account()  # apps of this machine are not one another's
         session, present, lasts = self._broker.connect(connect, client_id, self._expiry, self)
         self._session = session
         told = self._expiry if connect.version == 5 and self._expiry != asked else None

@@ -9,27 +9,40 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from gateway.mqtt.websocket import Closed, Event, Opened, Received, Refused, Rules, State, WebSocketServer
 from gateway.slices import Looked, Slices
 from gateway.transports import CLOSE_S, Handshakes, peer_name, source_of
+from gateway.turns import Account
 
 log = logging.getLogger("lineside.mqtt")
 
 PACKET_BYTES = 4  # no message is smaller
 
 
+class Inner(Protocol):
+    """An asyncio.Protocol that says whom its connection costs."""
+
+    @property
+    def account(self) -> Account: ...
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+    def data_received(self, data: bytes) -> None: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
+    def connection_lost(self, exc: Exception | None) -> None: ...
+
+
 class WebSocketProtocol(asyncio.Protocol):
     """One connection. `make_inner` is called after the handshake; its protocol lives as long as the connection."""
 
-    def __init__(self, make_inner: Callable[[], asyncio.Protocol], rules: Rules, handshakes: Handshakes) -> None:
+    def __init__(self, make_inner: Callable[[], Inner], rules: Rules, handshakes: Handshakes) -> None:
         self._make_inner = make_inner
         self._rules = rules
         self._handshakes = handshakes
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._inner: asyncio.Protocol | None = None
+        self._inner: Inner | None = None
         self._outer: WebSocketTransport
         self._core: WebSocketServer
         self._congested = False
@@ -37,7 +50,12 @@ class WebSocketProtocol(asyncio.Protocol):
         self._ending = False  # we have said all we had to say
         self._peer = "?"
         self._turns = handshakes.turns
+        self._account: Account  # before the handshake
         self._slices: Slices
+
+    @property
+    def account(self) -> Account:
+        return self._account if self._inner is None else self._inner.account
 
     # -------- asyncio's side
 
@@ -45,8 +63,8 @@ class WebSocketProtocol(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._peer = peer_name(transport)
         self._core = WebSocketServer(self._rules, self._loop.time())
-        account = self._turns.account(source_of(self._peer)[0])
-        self._slices = Slices(self._turns, account, transport, self._look)
+        self._account = self._turns.account(source_of(self._peer)[0])
+        self._slices = Slices(self._turns, self, transport, self._look)
         self._outer = WebSocketTransport(self, transport)
         if self._handshakes.begin(transport, self._peer):
             self._set_timer()

@@ -18,7 +18,7 @@ from gateway.config_values import Listen
 from gateway.mqtt.websocket import Rules
 from gateway.mqtt.websocket_driver import WebSocketProtocol
 from gateway.transports import Handshakes, ServerTls, TlsFiles
-from gateway.turns import Turns
+from gateway.turns import Account, Turns
 from security.tls import client_context
 from tests.pki import Pki
 from tests.websocket import BINARY, CLOSE, frame, frames, request
@@ -36,6 +36,7 @@ class Inner(asyncio.Protocol):
         self.paused = asyncio.Event()
         self.resumed = asyncio.Event()
         self.lost = asyncio.Event()
+        self.account = Account()
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

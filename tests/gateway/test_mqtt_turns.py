@@ -29,6 +29,7 @@ from gateway.turns import Turns, Waiting
 from tests import attacks
 from tests.gateway.test_fairness import filters, speaks
 from tests.own_time import App, Gateway
+from tests.websocket import BINARY, frame, request
 
 FLOODS = 5
 
@@ -299,3 +300,19 @@ def test_our_own_mistake_in_a_turn_ends_that_client_only_and_its_session_knows(
     until(busy, lambda: other.of(Suback))
     until(busy, lambda: client.pipe.closing)
     until(busy, lambda: "unlucky" not in busy.broker.sessions)
+
+
+def test_over_a_websocket_too_a_client_that_is_let_in_has_an_account_of_its_own(gateway: Gateway) -> None:
+    """Else what one of them asks for would have the others from its address wait."""
+    pipe = gateway.connect(websocket=True)
+    pipe.send(request() + frame(BINARY, encode(Connect(V5, "framer"), V5)))
+    until(gateway, lambda: gateway.mqtt.clients)
+    until(gateway, lambda: "framer" in gateway.broker.sessions)
+    (client,) = gateway.mqtt.clients
+    address = gateway.turns.account("loopback")
+    assert client.account is not address
+    before = address.ran_s, client.account.ran_s
+    pipe.send(frame(BINARY) * 5000)
+    gateway.live(0.5)
+    assert address.ran_s == before[0]
+    assert client.account.ran_s > before[1]

@@ -42,11 +42,15 @@ class Transport(asyncio.Transport):
         self.aborted = True
 
 
+class Payer:
+    account = Account()
+
+
 def play(
     transport: Transport, look: Callable[[bytes], Looked], story: Callable[[Slices], None], *, gated: bool = False
 ) -> None:
     async def run() -> None:
-        story(Slices(Turns(asyncio.get_running_loop()), Account(), transport, look, gated=gated))
+        story(Slices(Turns(asyncio.get_running_loop()), Payer(), transport, look, gated=gated))
 
     asyncio.run(run())
 
