@@ -323,15 +323,24 @@ class Committer:
             self._idle.set()
 
     def _fatal(self, error: JournalError) -> None:
-        self._stopped = True
-        for mark in self._marks:
-            mark.committed([])  # nothing more will come
-        self._busy = False
-        self._idle.set()
+        self._cease()
         self._on_fatal(error)
 
+    def _cease(self) -> None:
+        """No commit comes any more: nobody waits for one."""
+        self._stopped = True
+        for mark in self._marks:
+            mark.committed([])
+        self._busy = False
+        self._idle.set()
+
     async def flush(self) -> None:
-        """Wait until all that is staged now is on the disk or was refused, whatever is staged meanwhile."""
+        """Wait until all that is staged now is on the disk or was refused, whatever is staged meanwhile.
+
+        Where no commit comes any more, after `stop` or an error that ends the daemon, there is nothing to wait for.
+        """
+        if self._stopped:
+            return
         mark = _Mark(self._loop.create_future())
         self.journal.wait(mark, None)
         self._marks.add(mark)
@@ -354,3 +363,4 @@ class Committer:
         if self._under_way is not None:
             # Its answer is in, but the loop won't come round to it any more.
             self._committed(self._under_way)
+        self._cease()

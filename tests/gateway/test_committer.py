@@ -72,6 +72,27 @@ def test_a_flush_does_not_wait_for_a_journal_that_failed(tmp_path: Path) -> None
     asyncio.run(story())
 
 
+def test_nobody_waits_for_a_commit_after_the_last_one(tmp_path: Path) -> None:
+    async def story() -> None:
+        for name in ("failed", "stopped"):
+            directory = tmp_path / name
+            directory.mkdir()
+            bench = Bench(directory)
+            bench.publish()
+            waiting = [asyncio.create_task(w) for w in (bench.committer.flush(), bench.committer.drain())]
+            await asyncio.sleep(0)
+            if name == "failed":
+                bench.committer._fatal(JournalError("gone"))
+            else:
+                bench.committer.stop()
+            bench.publish()
+            async with asyncio.timeout(WAIT_S):
+                await asyncio.gather(*waiting, bench.committer.flush(), bench.committer.drain())
+            bench.close()
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize("step", ["begin", "commit", "committed", "checkpoint", "recover"])
 def test_an_error_that_nobody_expected_ends_the_daemon_and_does_not_just_stop_intake(tmp_path: Path, step: str) -> None:
     async def story() -> None:
