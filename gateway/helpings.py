@@ -119,6 +119,13 @@ class Helpings:
         timer.cancel()
         call()
 
+    def forget(self, who: object) -> None:
+        """It is gone. With no commit to come it would be kept for good."""
+        for had in (self._under_way, self._pending):
+            had.pop(who, None)
+        if self._needs.pop(who, None) is not None:
+            self._least = []
+
     def committed(self, commit_s: float) -> None:
         """A commit has come back; it took so long."""
         self._commit_s = commit_s

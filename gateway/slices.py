@@ -191,6 +191,7 @@ class Slices:
 
     def _finish(self, then: Callable[[], None]) -> None:
         self._over, self._then = True, None
+        self._helpings.forget(self)
         if self._turns.serving is None:
             with self._turns.charging(self.account):
                 then()

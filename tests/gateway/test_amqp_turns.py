@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gateway.slices import Slices
 from gateway.turns import Turns, Waiting
 from tests import attacks
 from tests.own_time import Gateway, Pipe
@@ -101,6 +105,45 @@ def test_nothing_is_sent_to_an_app_that_is_gone(gateway: Gateway, monkeypatch: p
     assert len(gateway.amqp.peers) == 1
     (group,) = gateway.amqp.directory.queue("other/1").groups.values()
     assert group.cursor.position == 1
+
+
+def test_ten_thousand_short_connections_leave_nothing_behind_though_no_commit_comes(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody hears what comes over MQTT, and what comes over AMQP is no message."""
+    alive = weakref.WeakSet[Slices]()
+    made = Slices.__init__
+
+    def make(slices: Slices, *args: Any, **more: Any) -> None:
+        made(slices, *args, **more)
+        alive.add(slices)
+
+    monkeypatch.setattr(Slices, "__init__", make)
+    for _ in range(9000):
+        pipe = gateway.connect()
+        pipe.send(attacks.connect(b"brief") + attacks.publish(b"unheard", b"x") + attacks.packet(0xE0, b""))
+        gateway.live(0.001)
+        pipe.close()
+        gateway.live(0.001)
+        gateway.pipes.clear()
+    gateway.committer.kick()
+    gateway.live(0.01)
+    commits = len(gateway.committer.durations_s)
+    refused = attacks.frame(
+        attacks.TRANSFER, attacks.uint(0), attacks.uint(0), b"\xa0\x01x", attacks.uint(0), payload=b"no message"
+    )
+    for _ in range(1000):
+        pipe = open_sender(gateway, "brief")
+        pipe.send(refused)
+        gateway.live(0.01)
+        pipe.close()
+        gateway.live(0.01)
+        gateway.pipes.clear()
+    assert len(gateway.committer.durations_s) == commits
+    del pipe
+    gateway.live(10.0)  # for what their transports are given to end
+    gc.collect()
+    assert not alive
 
 
 def test_an_app_that_reads_no_answers_and_is_gone_ends(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,24 @@ def test_two_that_take_all_they_can_do_not_raise_one_anothers_helpings(bench: Be
     assert bench.helpings.left_s(EAGER) == HELPING_S
 
 
-def test_who_is_gone_is_forgotten(bench: Bench) -> None:
+def test_who_is_gone_is_forgotten_at_once_also_where_no_commit_comes(bench: Bench) -> None:
+    bench.took(PATIENT, 0.0001)
+    bench.took(EAGER, HELPING_S)
+    assert bench.helpings.others(EAGER)
+    bench.helpings.forget(PATIENT)
+    assert not bench.helpings.others(EAGER)
+    bench.took(PATIENT, 0.0001)
+    bench.begin()
+    bench.took(PATIENT, 0.0001)
+    bench.end()
+    assert bench.helpings.left_s(EAGER) == HELPING_S
+    bench.helpings.forget(PATIENT)
+    assert bench.helpings.left_s(EAGER) == math.inf
+    bench.commit()
+    assert not bench.helpings.others(EAGER)
+
+
+def test_who_falls_silent_is_forgotten(bench: Bench) -> None:
     bench.took(PATIENT, 0.0001)
     for _ in range(2 * REMEMBERED + 1):
         bench.took(EAGER, HELPING_S)
