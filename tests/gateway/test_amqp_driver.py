@@ -20,6 +20,7 @@ class Hub:
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
         self.lost: list[Exception | None] = []
+        self.gone = asyncio.Event()
         self.fail_on: type | None = None
 
     def on_events(self, engine: Engine, events: list[Event]) -> None:
@@ -40,6 +41,7 @@ class Hub:
 
     def on_lost(self, error: Exception | None) -> None:
         self.lost.append(error)
+        self.gone.set()
 
 
 class App:
@@ -98,7 +100,7 @@ async def dial(port: int, app: App) -> AmqpProtocol:
 
 def run(test: Callable[[], object]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await test()  # type: ignore[misc]
 
     asyncio.run(limited())
@@ -115,7 +117,7 @@ def test_messages_cross_a_socket_and_are_settled(count: int, size: int) -> None:
         assert all(len(body) == size for body in hub.bodies)
         protocol.close()
         await app.lost
-        await asyncio.sleep(0.01)
+        await hub.gone.wait()
         assert hub.lost == [None]
         server.close()
 
@@ -149,14 +151,17 @@ def test_a_peer_that_never_answers_the_close_is_left_after_a_while(monkeypatch: 
     monkeypatch.setattr(driver, "CLOSE_WAIT_S", 0.1)
 
     async def script() -> None:
+        begun = asyncio.Event()
+
         async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            begun.set()
             await reader.read(-1)
             writer.close()
 
         server = await asyncio.start_server(mute, "127.0.0.1", 0)
         app = App(1)
         protocol = await dial(server.sockets[0].getsockname()[1], app)
-        await asyncio.sleep(0.02)
+        await begun.wait()
         protocol.close()
         await app.lost
         server.close()
@@ -173,7 +178,7 @@ def test_garbage_closes_the_connection() -> None:
         answer = await reader.read(-1)
         assert answer.startswith(b"AMQP\x00\x01\x00\x00")
         writer.close()
-        await asyncio.sleep(0.01)
+        await hub.gone.wait()
         assert len(hub.lost) == 1
         server.close()
 
