@@ -403,6 +403,7 @@ class Receiver(_Link):
         "_partial_bytes",
         "_parts",
         "_pending",
+        "_presettled",
         "_received",
         "max_message_bytes",
         "whole_windows",
@@ -418,6 +419,7 @@ class Receiver(_Link):
         self._next_handle = 0
         self._granted = 0
         self._received = 0
+        self._presettled = frozenset[int]()  # of what was pending when the link went
         self.whole_windows = False
         self.max_message_bytes = MESSAGE_BYTES_MAX
 
@@ -453,7 +455,7 @@ class Receiver(_Link):
     def was_presettled(self, handle: int) -> bool:
         """Whether the peer has settled this message itself: then it hears no answer, and keeps nothing."""
         delivery = self._pending.get(handle)
-        return delivery is not None and raw.settled(delivery)
+        return raw.settled(delivery) if delivery is not None else handle in self._presettled
 
     def reject(self, handle: int, condition: str, description: str = "") -> None:
         """This message is wrong, do not send it again."""
@@ -514,6 +516,7 @@ class Receiver(_Link):
 
     def _gone(self) -> None:
         super()._gone()
+        self._presettled = frozenset(handle for handle, delivery in self._pending.items() if raw.settled(delivery))
         self._pending.clear()
         self._parts.clear()
         self._engine._count_partial(self)

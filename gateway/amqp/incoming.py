@@ -70,6 +70,7 @@ class Incoming:
         self._held: deque[tuple[int, bytes]] = deque()
         self._held_bytes = 0
         self._overflowed = False
+        self._ended = False
         self.received = self.repeated = self.refused = 0
         link.topup(credit)
 
@@ -98,6 +99,15 @@ class Incoming:
         if not self._held:
             self._overflowed = False
             self._refill()
+
+    def end(self) -> None:
+        """The link is gone. The app still has what it waits to have settled, and the ledger tells of the rest."""
+        self._ended = True
+        while self._held:
+            handle, body = self._held.popleft()
+            if self.link.was_presettled(handle):
+                self.journal.lose("-", 0, "refused-presettled", len(body), "its link ended before there was room")
+        self._held_bytes = 0
 
     def _take(self, batch: list[tuple[int, bytes]] | deque[tuple[int, bytes]]) -> int:
         """Deal with messages from the first on; return how many, which is fewer only where a stream is full."""
@@ -181,7 +191,10 @@ class Incoming:
         # A repeat that waited for the same commit may stand before what came before it.
         self._held.extendleft(sorted(tokens, key=itemgetter(0), reverse=True))
         self._held_bytes += sum(len(body) for _, body in tokens)
-        self._waits()
+        if self._ended:
+            self.end()
+        else:
+            self._waits()
 
     def _refill(self) -> None:
         if not self._held:

@@ -629,7 +629,9 @@ class Peer:
     def _closed(self, link: Sender | Receiver, detached: bool) -> None:
         reply = self._replies.pop(link, None)
         if isinstance(link, Receiver):
-            self._incoming.pop(link, None)
+            incoming = self._incoming.pop(link, None)
+            if incoming is not None:
+                incoming.end()
         else:
             outgoing = self._outgoing.pop(link, None)
             if outgoing is not None:

@@ -69,6 +69,11 @@ class Bench:
         self.commit()
         return self.journal.query("SELECT reason, size, detail FROM loss ORDER BY id")
 
+    def lost(self) -> int:
+        """How many messages the ledger tells of."""
+        self.commit()
+        return sum(count for (count,) in self.journal.query("SELECT messages FROM loss_total"))
+
 
 def _word(outcome: Outcome) -> str:
     return outcome.condition or outcome.kind.value
@@ -223,6 +228,42 @@ def test_what_is_refused_though_its_sender_no_longer_listens_is_in_the_ledger(be
     [(reason, _, detail)] = bench.losses()
     assert (reason, detail) == ("refused-presettled", "amqp:not-found")
     assert [topic for topic, _ in bench.stored()] == ["x"]
+
+
+@pytest.mark.parametrize("presettled", [True, False])
+def test_what_waits_for_room_when_the_link_ends_is_in_the_ledger_if_its_sender_does_not_have_it_any_more(
+    bench: Bench, presettled: bool
+) -> None:
+    bench.wire.sender.presettled = presettled
+    bench.journal.cursor(bench.stream, "reader", "amqp")
+    bench.stream.limits = StreamLimits(messages_max=1)
+    bench.send(encode(b"a"), encode(b"b"), encode(b"c"))
+    bench.commit()
+    bench.wire.far.lost()
+    bench.incoming.end()
+    assert bench.lost() == 2 * presettled
+    assert len(bench.stored()) == 1
+
+
+def test_what_a_commit_did_not_take_is_in_the_ledger_where_its_link_is_gone(bench: Bench) -> None:
+    bench.wire.sender.presettled = True
+    bench.send(encode(b"a"), encode(b"b"))
+    bench.journal.begin()
+    bench.wire.far.lost()
+    bench.incoming.end()
+    bench.journal.failed(sqlite3.OperationalError("disk I/O error"))
+    assert bench.lost() == 2
+
+
+def test_what_is_refused_after_its_link_ended_is_in_the_ledger(bench: Bench) -> None:
+    """The end may come with the same bytes as the message."""
+    bench.wire.sender.presettled = True
+    bench.incoming.topic = None
+    bench.wire.sender.send([(0, encode(b"a"))])
+    taken = bench.wire.take()
+    bench.wire.far.lost()
+    bench.incoming.deliveries(taken)
+    assert bench.lost() == 1
 
 
 def test_a_link_that_is_gone_before_the_commit_costs_nothing(bench: Bench) -> None:
