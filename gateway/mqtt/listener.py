@@ -819,26 +819,30 @@ class Client(asyncio.Protocol):
         identifier = packet.properties.subscription_identifier
         codes: list[int] = []
         retained: list[str] = []
-        asked: list[tuple[int, tuple[str, int, int, int | None]]] = []  # and which code it will be
-        starts: list[dict[str, int]] = []
+        asked: list[tuple[int, tuple[str, int, int, int | None], dict[str, int]]] = []  # and which code it will be
+        permit = self._permit
         for some in _portions(packet.subscriptions):
             for s in some:
                 reason = self._subscription_refusal(s.filter)
                 if reason is None:
                     options = s.no_local | s.retain_as_published << 1 | s.retain_handling << 2
-                    asked.append((len(codes), (s.filter, s.qos, options, identifier)))
-                    starts += self._broker.starts(session, (s.filter,))
+                    (start,) = self._broker.starts(session, (s.filter,))
+                    asked.append((len(codes), (s.filter, s.qos, options, identifier), start))
                 codes.append(reason or 0)
             yield
         early = len(asked) > AT_ONCE  # the first of them are in force before the last
         if early and self._session is session:
             session.search_begins()
-        for at, few in enumerate(_portions(asked)):
+        for some_asked in _portions(asked):
             if self._session is not session:
                 return
-            requests = [request for _, request in few]
-            granted, give = self._broker.subscribe(session, requests, starts[at * AT_ONCE : (at + 1) * AT_ONCE])
-            for (place, _), code in zip(few, granted, strict=True):
+            few = some_asked
+            if self._permit is not permit:  # other rules came meanwhile
+                for place, (filter_, *_), _ in some_asked:
+                    codes[place] = self._subscription_refusal(filter_) or 0
+                few = [each for each in some_asked if not codes[each[0]]]
+            granted, give = self._broker.subscribe(session, [each[1] for each in few], [each[2] for each in few])
+            for (place, _, _), code in zip(few, granted, strict=True):
                 codes[place] = code
             retained += give
             yield

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
+from gateway.access import Access
+from gateway.config import loads
 from gateway.mqtt.codec import FILTERS_MAX, decode_body, encode, remaining_length
 from gateway.mqtt.packets import (
     V5,
@@ -300,6 +303,47 @@ def test_our_own_mistake_in_a_turn_ends_that_client_only_and_its_session_knows(
     until(busy, lambda: other.of(Suback))
     until(busy, lambda: client.pipe.closing)
     until(busy, lambda: "unlucky" not in busy.broker.sessions)
+
+
+RULES = """
+[gateway]
+id = "loco"
+[[access]]
+who = "*"
+subscribe = ["{allowed}/#"]
+"""
+
+
+def test_rules_that_come_while_a_subscribe_waits_for_its_turn_count_for_the_rest_of_it(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Access] = []
+    gateway._run(lambda: made.append(Access(loads(RULES.format(allowed="a")))))
+    access = gateway.mqtt.access = made[0]
+    client = Client(gateway, Connect(V5, "many"))
+    until(gateway, lambda: client.heard)
+    waiting: list[Waiting] = []
+    steps = itertools.cycle([False, True])
+    with monkeypatch.context() as forced:
+        forced.setattr(Turns, "ready", False)
+        forced.setattr(Turns, "over", property(lambda turns: next(steps)))
+        forced.setattr(gateway.turns, "enter", waiting.append)
+        client.say(Subscribe(1, tuple(Subscription(f"a/{n}") for n in range(100))))
+        session = gateway.broker.sessions["many"]
+        while not session.subscriptions:
+            gateway.live(0.01)
+            waiting.pop(0).turn()
+        assert len(session.subscriptions) < 100
+        access.reload(loads(RULES.format(allowed="b")))
+        gateway.mqtt.rules_changed()
+        while waiting:
+            waiting.pop(0).turn()
+            gateway.live(0.01)
+    until(gateway, lambda: client.of(Suback))
+    assert not session.subscriptions
+    (answer,) = client.of(Suback)
+    assert isinstance(answer, Suback)
+    assert {answer.reasons[0], answer.reasons[-1]} == {0, 0x87}
 
 
 def test_over_a_websocket_too_a_client_that_is_let_in_has_an_account_of_its_own(gateway: Gateway) -> None:
