@@ -105,6 +105,31 @@ class Peer(MqttPeer):
         assert isinstance(answer, Pingresp), answer
 
 
+class Line(asyncio.Transport):
+    """Of a connection of this test's own making."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("127.0.0.1", 1)})
+
+    def write(self, data: object) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
 class Bench:
     def __init__(self, path: Path, config: str) -> None:
         with socket.socket() as sock:
@@ -360,6 +385,41 @@ def test_what_is_sent_behind_connect_waits_for_the_password_to_be_checked(tmp_pa
         assert [p.packet_id for p in [await peer.hear() for _ in range(50)] if isinstance(p, Puback)] == [*range(1, 51)]
 
     play(tmp_path, CLOSED, story, anna=b"secret")
+
+
+@pytest.mark.parametrize("password", [b"secret", b"wrong"])
+def test_what_is_said_behind_connect_counts_though_the_connection_ends_while_the_password_is_checked(
+    tmp_path: Path, password: bytes
+) -> None:
+    """And a goodbye is one."""
+
+    async def story(bench: Bench) -> None:
+        watcher = await bench.welcome("watcher", user="anna", password=b"secret")
+        assert await watcher.subscribe("app/#") == (1,)
+        mqtt = bench.app._mqtt
+        assert mqtt is not None
+        client = mqtt.protocol()
+        client.connection_made(Line())
+        packets = [
+            Connect(V5, "brief", True, 0, "bert", password, Will("app/will", b"gone")),
+            Publish("app/said", b"x"),
+            Disconnect(),
+        ]
+        client.data_received(b"".join(codec.encode(packet, V5) for packet in packets))
+        client.connection_lost(None)
+        assert client in mqtt.clients
+        assert client._login is not None
+        await client._login
+        topics = ["app/said", "app/last"] if password == b"secret" else ["app/last"]
+        for topic in topics:
+            if topic == "app/last":
+                assert client not in mqtt.clients
+                watcher.say(Publish(topic, b"x"))
+            heard = await watcher.hear()
+            assert isinstance(heard, Publish)
+            assert heard.topic == topic
+
+    play(tmp_path, CLOSED, story, anna=b"secret", bert=b"secret")
 
 
 def test_a_user_is_believed_only_with_a_password(tmp_path: Path) -> None:

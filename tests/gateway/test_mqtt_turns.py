@@ -225,6 +225,28 @@ def test_what_was_said_behind_connect_counts_though_the_same_client_is_back_befo
     assert gateway.broker.sessions["brief"].outlet is second.pipe._protocol
 
 
+def test_who_is_gone_before_its_predecessor_is_done_is_let_in_all_the_same(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher = Client(gateway, Connect(V5, "watcher"))
+    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
+    until(gateway, lambda: watcher.of(Suback))
+    with monkeypatch.context() as slow:
+        slow.setattr(gateway.committer, "kick", lambda: None)
+        for name in ("first", "second"):
+            client = Client(gateway, Connect(V5, "brief", will=Will("will/brief", b"dead", 1, False)))
+            client.say(Publish(f"said/{name}", b"x"), Disconnect())
+            gateway.live(0.1)
+            client.pipe.close()
+            gateway.live(0.01)
+        assert len(gateway.mqtt.clients) == 3
+    gateway.committer.kick()
+    until(gateway, lambda: len(gateway.mqtt.clients) == 1)
+    gateway.live(0.1)
+    assert [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)] == ["said/first", "said/second"]
+    assert "brief" not in gateway.broker.sessions
+
+
 @pytest.mark.parametrize("goodbye", [True, False])
 def test_what_a_client_said_and_nobody_did_yet_is_done_before_it_is_taken_over(busy: Gateway, goodbye: bool) -> None:
     """It may have hung up: who is not read from cannot tell us."""
