@@ -64,6 +64,7 @@ ANSWERS_BYTES_MAX = 1 << 20
 # Of dear work (see `gateway.turns`): what is begun without looking at the clock, in packets, filters or messages.
 AT_ONCE = 16
 _T = TypeVar("_T")
+_Place = list[Callable[[], None]]  # of an answer among others: what gives it, once that is known
 SURPLUS_MAX = 64  # connections beyond clients_max that are told why they are refused; the next are just cut off
 
 
@@ -189,6 +190,7 @@ class Client(asyncio.Protocol):
         self.account = Account()  # until it is let in, that of where it comes from
         self._local = True
         self._errands: deque[Iterator[None]] = deque()  # dear work that is begun; what comes next waits for it
+        self._owed: deque[_Place] = deque()  # SUBACKs and UNSUBACKs, in the order they go in
         self._due = False  # retained messages are
         self._waits = False  # for its turn
         self._over = False  # the connection is gone, and all that came by it is done, but for the end itself
@@ -821,6 +823,7 @@ class Client(asyncio.Protocol):
         retained: list[str] = []
         asked: list[tuple[int, tuple[str, int, int, int | None], dict[str, int]]] = []  # and which code it will be
         permit = self._permit
+        place = self._owe()
         for some in _portions(packet.subscriptions):
             for s in some:
                 reason = self._subscription_refusal(s.filter)
@@ -838,19 +841,27 @@ class Client(asyncio.Protocol):
                 return
             few = some_asked
             if self._permit is not permit:  # other rules came meanwhile
-                for place, (filter_, *_), _ in some_asked:
-                    codes[place] = self._subscription_refusal(filter_) or 0
+                for at, (filter_, *_), _ in some_asked:
+                    codes[at] = self._subscription_refusal(filter_) or 0
                 few = [each for each in some_asked if not codes[each[0]]]
             granted, give = self._broker.subscribe(session, [each[1] for each in few], [each[2] for each in few])
-            for (place, _, _), code in zip(few, granted, strict=True):
-                codes[place] = code
+            for (at, _, _), code in zip(few, granted, strict=True):
+                codes[at] = code
             retained += give
             yield
         # Not before the subscription is on disk: a power cut must not take what was promised.
-        self._journal.wait(self, lambda: self._subscribed(session, packet, codes, retained, searching=early))
+        done = partial(self._subscribed, session, packet, codes, retained, place, searching=early)
+        self._journal.wait(self, done)
 
     def _subscribed(
-        self, session: Session, packet: Subscribe, codes: list[int], retained: list[str], *, searching: bool
+        self,
+        session: Session,
+        packet: Subscribe,
+        codes: list[int],
+        retained: list[str],
+        place: _Place,
+        *,
+        searching: bool,
     ) -> None:
         if self._session is not session:
             return
@@ -859,10 +870,18 @@ class Client(asyncio.Protocol):
         wild = sum("+" in each or "#" in each for each in retained)
         count = len(retained) + wild * len(self._broker.retained) // AT_ONCE
         with self._turns.charging(self.account):
-            self._begin(self._giving(session, packet, codes, retained), at_once=count <= AT_ONCE and self._turns.ready)
+            giving = self._giving(session, packet, codes, retained, place)
+            self._begin(giving, at_once=count <= AT_ONCE and self._turns.ready)
         self._enter()
 
-    def _giving(self, session: Session, packet: Subscribe, codes: list[int], retained: list[str]) -> Iterator[None]:
+    def _giving(
+        self,
+        session: Session,
+        packet: Subscribe,
+        codes: list[int],
+        retained: list[str],
+        place: _Place,
+    ) -> Iterator[None]:
         """Have the session owed what is retained for its new subscriptions, then acknowledge them."""
         waits = False
         for more in self._broker.owing(session, retained):
@@ -882,17 +901,30 @@ class Client(asyncio.Protocol):
 
         def acknowledge_then() -> None:
             with self._turns.charging(self.account):
-                acknowledge()
+                self._answer_in_order(place, acknowledge)
 
         if waits:
             self._journal.wait(self, acknowledge_then)
         else:
-            acknowledge()
+            self._answer_in_order(place, acknowledge)
+
+    def _owe(self) -> _Place:
+        place: _Place = []
+        self._owed.append(place)
+        return place
+
+    def _answer_in_order(self, place: _Place, answer: Callable[[], None]) -> None:
+        """A client that subscribes and unsubscribes may take the answer that comes last for how things are."""
+        place.append(answer)
+        while self._owed and self._owed[0]:
+            (give,) = self._owed.popleft()
+            give()
 
     def _unsubscribing(self, packet: Unsubscribe) -> Iterator[None]:
         session = self._session
         assert session is not None
         codes: list[int] = []
+        place = self._owe()
         for some in _portions(packet.filters):
             if self._session is not session:
                 return
@@ -904,7 +936,8 @@ class Client(asyncio.Protocol):
                 ]
             codes += found
             yield
-        self._journal.wait(self, lambda: self._conn.unsuback(packet, codes))
+        answer = partial(self._conn.unsuback, packet, codes)
+        self._journal.wait(self, partial(self._answer_in_order, place, answer))
 
     # ------------------------------------------------------------------ $SYS
 

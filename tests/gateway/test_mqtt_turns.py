@@ -126,6 +126,19 @@ def test_retained_messages_come_before_what_is_newer_each_once_and_in_order(busy
     assert got == [(f"kept/{n:03}", b"old", True) for n in range(300)] + [("kept/new", b"new", False)]
 
 
+def test_who_subscribes_and_unsubscribes_is_answered_in_that_order(busy: Gateway) -> None:
+    """However long it takes to find what is retained: the answer that comes last tells how things are."""
+    speaker, reader = Client(busy, Connect(V5, "speaker")), Client(busy, Connect(V5, "reader"))
+    speaker.say(*[Publish(f"kept/{n:03}", b"old", 1, True, packet_id=n + 1) for n in range(300)])
+    until(busy, lambda: len(speaker.of(Puback)) == 300)
+    reader.say(Subscribe(1, (Subscription("kept/#", 0),)), Unsubscribe(2, ("kept/#",)))
+    until(busy, lambda: reader.of(Unsuback) and reader.of(Suback))
+    assert [type(p) for p in reader.heard if isinstance(p, Suback | Unsuback)] == [Suback, Unsuback]
+    busy.live(0.3)
+    after = reader.heard.index(reader.of(Unsuback)[0])
+    assert not [p for p in reader.heard[after:] if isinstance(p, Publish)]
+
+
 @pytest.mark.parametrize("goodbye", [True, False])
 def test_what_came_before_the_end_counts_and_so_does_a_goodbye(busy: Gateway, goodbye: bool) -> None:
     """The connection is gone while it waits; a client that said DISCONNECT has not died."""
