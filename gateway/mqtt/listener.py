@@ -455,6 +455,7 @@ class Client(asyncio.Protocol):
                 self._journal.wait(self, token)
         if answers and self._conn.version != V5:
             log.warning("client dropped: its messages could not be stored", extra=self._who(error=error.reason))
+            self._deafen()
             self._abort()
             return
         for answer in answers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gateway.config import loads
 from gateway.mqtt import listener
 from gateway.mqtt.codec import FILTERS_MAX, decode_body, encode, remaining_length
 from gateway.mqtt.packets import (
+    V3,
     V5,
     Connect,
     Disconnect,
@@ -384,6 +386,31 @@ def test_rules_that_come_while_a_subscribe_waits_for_its_turn_count_for_the_rest
     (answer,) = client.of(Suback)
     assert isinstance(answer, Suback)
     assert {answer.reasons[0], answer.reasons[-1]} == {0, 0x87}
+
+
+def test_of_a_client_that_is_dropped_for_what_could_not_be_stored_nothing_later_is(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sends all of that again when it is back: in between, the later messages would have gone before the earlier."""
+    pipe = gateway.connect()
+    pipe.send(encode(Connect(V3, "app"), V3))
+    until(gateway, lambda: "app" in gateway.broker.sessions)
+    gateway.live(0.1)
+    before = gateway.journal.streams["telemetry"].next_seq
+    (client,) = gateway.mqtt.clients
+    monkeypatch.setattr(gateway.committer, "kick", lambda: None)
+    pipe.send(encode(Publish("train/first", b"x", 1, packet_id=1), V3))
+    gateway.live(0.01)
+    gateway.journal.begin()
+    client._slices.hold()
+    client.data_received(encode(Publish("train/second", b"x", 1, packet_id=2), V3))
+    gateway.journal.failed(sqlite3.OperationalError("database or disk is full"))
+    gateway.journal.disk_full = False  # somebody has made room
+    client._slices.release()
+    gateway.live(0.1)
+    assert pipe.closing
+    assert client not in gateway.mqtt.clients
+    assert gateway.journal.streams["telemetry"].next_seq == before + 1  # a number is never used again
 
 
 def test_over_a_websocket_too_a_client_that_is_let_in_has_an_account_of_its_own(gateway: Gateway) -> None:
