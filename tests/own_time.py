@@ -289,20 +289,19 @@ class Gateway:
         """On the loop's own clock."""
         self.loop.run_until_complete(asyncio.sleep(seconds))
 
-    def connect(self, *, amqp: bool = False, websocket: bool = False, **how: Any) -> Pipe:
-        pipes: list[Pipe] = []
+    def connect(self, **how: Any) -> Pipe:
+        self._run(lambda: self.connect_within(**how))
+        return self.pipes[-1]
 
-        def begin() -> None:
-            protocol: asyncio.Protocol
-            if websocket:
-                protocol = WebSocketProtocol(self.mqtt.protocol, Rules("/mqtt"), self.handshakes)
-            else:
-                protocol = self.amqp.protocol() if amqp else self.mqtt.protocol()
-            pipes.append(Pipe(self.loop, protocol, **how))
-
-        self._run(begin)
-        self.pipes += pipes
-        return pipes[0]
+    def connect_within(self, *, amqp: bool = False, websocket: bool = False, **how: Any) -> Pipe:
+        """The same from what runs on the loop."""
+        protocol: asyncio.Protocol
+        if websocket:
+            protocol = WebSocketProtocol(self.mqtt.protocol, Rules("/mqtt"), self.handshakes)
+        else:
+            protocol = self.amqp.protocol() if amqp else self.mqtt.protocol()
+        self.pipes.append(Pipe(self.loop, protocol, **how))
+        return self.pipes[-1]
 
     def close(self) -> None:
         for pipe in self.pipes:

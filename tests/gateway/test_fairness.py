@@ -10,12 +10,14 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import attacks
 from tests.attacks import connect, packet, publish, string, subscribe
 from tests.own_time import App, Gateway, Pipe
+from tests.websocket import BINARY, frame, request
 
 SECONDS = 0.15  # of the loop's own time
 # How often it is looked at what is left: a machine that is busy with others slows what is measured, too, by what its
@@ -114,6 +116,25 @@ def comes_and_goes(gateway: Gateway) -> None:
     gateway.loop.call_soon(come)
 
 
+def hangs_up(say: bytes, **how: Any) -> Attack:
+    """Says that and is gone, again and again."""
+
+    def attack(gateway: Gateway) -> None:
+        def come() -> None:
+            pipe = gateway.connect_within(**how)
+            pipe.send(say)
+            gateway.loop.call_later(0.001, leave, pipe)
+
+        def leave(pipe: Pipe) -> None:
+            pipe.close()
+            gateway.pipes.remove(pipe)
+            gateway.loop.call_soon(come)
+
+        gateway.loop.call_soon(come)
+
+    return attack
+
+
 class AmqpAttacker:
     """Says what `say` gives, once its connection is open. `say` may look at what was heard."""
 
@@ -179,6 +200,19 @@ DEAR: dict[str, Attack] = {
     "amqp-links": amqp(links),
     "amqp-sessions": amqp(sessions),
     "amqp-flows": amqp(lambda app: attacks.flow(echo=True) * 100),
+    "filters-and-hang-up": hangs_up(connect(b"a") + b"".join(subscribe(filters(n)) for n in range(20))),
+    "websocket-frames-and-hang-up": hangs_up(
+        request() + frame(BINARY, connect(b"a")) + frame(BINARY) * 40_000, websocket=True
+    ),
+    "amqp-links-and-hang-up": hangs_up(
+        attacks.SASL
+        + attacks.INIT
+        + attacks.AMQP
+        + attacks.open_frame("bad")
+        + attacks.begin()
+        + b"".join(attacks.attach(n % 50, f"{n}", receiver=True) + attacks.detach(n % 50) for n in range(2000)),
+        amqp=True,
+    ),
     "amqp-empty-frames": amqp(lambda app: attacks.EMPTY_FRAME * 512),
 }
 PUBLISHERS: dict[str, Attack] = {
