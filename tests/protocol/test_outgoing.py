@@ -433,9 +433,10 @@ def test_the_directorys_limits_say_which_they_are(bench: Bench, monkeypatch: pyt
 
 
 def test_a_reply_address_ends_with_its_cursor(bench: Bench) -> None:
-    place = bench.directory.open_reply("me", "token")
-    assert bench.directory.reply("$lineside/reply/token") == ("me", place)
+    reply = bench.directory.open_reply("me", "token")
+    assert bench.directory.reply("$lineside/reply/token") is reply
+    assert reply.owner == "me"
     assert set(bench.streams["local"].cursors) == {"reply:token"}
-    bench.directory.close_reply(place.filter)
-    assert bench.directory.reply(place.filter) is None
+    bench.directory.close_reply(reply.topic)
+    assert bench.directory.reply(reply.topic) is None
     assert bench.streams["local"].cursors == {}
