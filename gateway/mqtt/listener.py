@@ -560,12 +560,14 @@ class Client(asyncio.Protocol):
 
     def _append_one(self, message: Published, acknowledged: list[bytes]) -> bool:
         """Stage a message of any kind. False where it has to be held; `acknowledged`: PUBACKs not yet waited for."""
-        topic, qos, retain, _, packet_id, payload, properties = message
+        topic, qos, retain, dup, packet_id, payload, properties = message
         session = self._session
         if session is None:
             return True  # taken over meanwhile: the client sends it again
         number = int.from_bytes(packet_id, "big")
-        if qos == 2 and number in session.incoming:
+        # Without DUP it is no repetition of what an earlier connection left (MQTT-3.3.1-1), but the first message under
+        # that id of a client that was restarted and has forgotten: taken for one it would be lost.
+        if qos == 2 and dup and number in session.incoming:
             self._answer(acknowledged, [packet_id], 2, session=session, repeat=True)  # §4.3.3
             return True
         refusal = self._refusal(topic, payload, properties)
