@@ -178,6 +178,7 @@ class Client(asyncio.Protocol):
         self._permit: Permit | None = None
         self._login: asyncio.Task[None] | None = None
         self._deaf = False
+        self._resumed = False  # the session is older than the connection
         self._parted = False  # the client said DISCONNECT
         self._ending = False  # we have said all we had to say
         self._rest = b""  # what came before the connection ended, and is not looked at yet
@@ -709,10 +710,12 @@ class Client(asyncio.Protocol):
             return
         known = [p for p in packet_ids if session.let_go(p)]
         unknown = [p for p in packet_ids if p not in known]
+        # Where a PUBCOMP can have been lost this is no mismatch (MQTT 5.0 §3.7.2.1), and clients take 0x92 for a failure.
+        reason = 0 if self._resumed else Reason.PACKET_IDENTIFIER_NOT_FOUND
 
         def answer() -> None:
             self._conn.pubcomp(known)
-            self._conn.pubcomp(unknown, Reason.PACKET_IDENTIFIER_NOT_FOUND)
+            self._conn.pubcomp(unknown, reason)
 
         self._journal.wait(self, answer)
 
@@ -795,6 +798,7 @@ class Client(asyncio.Protocol):
 
     def _accept(self, session: Session, present: bool, assigned: str | None, expiry_s: int | None) -> None:
         """Session and will are on disk, or their end is: the client is told that it has them."""
+        self._resumed = present
         connect = self._conn.connect
         information = None
         if connect is not None and connect.properties.request_response_information:

@@ -62,6 +62,21 @@ def test_pubrel_of_an_unknown_identifier_is_answered(version: int, join: Connect
     client.expect(mqtt.PUBCOMP, packet_id=99, reason=0x92 if version == V5 else 0)
 
 
+def test_pubrel_sent_again_for_a_lost_pubcomp_is_answered_as_done(version: int, join: Connector) -> None:
+    """Clients report 0x92 to their app as a failed publish; here nothing failed."""
+    (listener, topic), name = listening(version, join, "done/"), fresh("done")
+    client = join(version, name, **LASTING)
+    client.say(mqtt.publish(version, topic, b"x", 2, 8))
+    client.expect(mqtt.PUBREC, packet_id=8)
+    client.say(mqtt.ack(mqtt.PUBREL, 8))
+    client.expect(mqtt.PUBCOMP, packet_id=8)
+    client.drop()
+    client = join(version, name, **LASTING)
+    client.say(mqtt.ack(mqtt.PUBREL, 8))
+    client.expect(mqtt.PUBCOMP, packet_id=8, reason=0)
+    listener.message(b"x")
+
+
 def test_pubrel_sent_twice_is_answered_twice(version: int, join: Connector) -> None:
     (listener, topic), speaker = listening(version, join, "twice/"), join(version)
     speaker.publish(topic, b"x", 2)
