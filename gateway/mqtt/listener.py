@@ -710,7 +710,7 @@ class Client(asyncio.Protocol):
             return
         known = [p for p in packet_ids if session.let_go(p)]
         unknown = [p for p in packet_ids if p not in known]
-        # Where a PUBCOMP can have been lost this is no mismatch (MQTT 5.0 §3.7.2.1), and clients take 0x92 for a failure.
+        # Where a PUBCOMP may be lost this is no mismatch (MQTT 5.0 §3.7.2.1), and clients take 0x92 for a failure.
         reason = 0 if self._resumed else Reason.PACKET_IDENTIFIER_NOT_FOUND
 
         def answer() -> None:
