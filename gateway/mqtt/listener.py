@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
 from gateway.broker import Broker
-from gateway.mqtt.codec import PropertiesCache, TopicCache
+from gateway.mqtt.codec import ONLY, PropertiesCache, TopicCache
 from gateway.mqtt.connection import Limits, ServerConnection, TooLargeForPeer
 from gateway.mqtt.delivery import Delivery
 from gateway.mqtt.events import (
@@ -760,6 +760,11 @@ class Client(asyncio.Protocol):
         assigned = None if connect.client_id else known
         client_id = connect.client_id or assigned or ""
         if not self._admitted(connect, client_id):
+            return
+        if connect.legacy:
+            # Only now: Eclipse Paho for Java tries 3.1 whenever 3.1.1 was refused, and tells its app of this answer only.
+            log.warning("client refused", extra=self._who(client=client_id, why=ONLY))
+            self._conn.refuse(Reason.UNSUPPORTED_PROTOCOL_VERSION, ONLY)
             return
         self._open(connect, client_id, assigned)
 
