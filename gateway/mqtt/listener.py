@@ -762,7 +762,7 @@ class Client(asyncio.Protocol):
         if not self._admitted(connect, client_id):
             return
         if connect.legacy:
-            # Only now: Eclipse Paho for Java tries 3.1 whenever 3.1.1 was refused, and tells its app of this answer only.
+            # Only now: Eclipse Paho for Java tries 3.1 wherever 3.1.1 was refused, and its app hears this answer only.
             log.warning("client refused", extra=self._who(client=client_id, why=ONLY))
             self._conn.refuse(Reason.UNSUPPORTED_PROTOCOL_VERSION, ONLY)
             return
