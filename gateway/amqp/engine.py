@@ -217,12 +217,9 @@ class _Link:
 
 
 class Sender(_Link):
-    """Our sending end. Messages are known by their seq; outcomes come in the order they were sent.
+    """Our sending end. Messages are known by their seq; outcomes come in the order they were sent, unless told else."""
 
-    any_order: they come as the peer gives them, and what one message lacks keeps no other's back.
-    """
-
-    __slots__ = ("_big_at", "_outcomes", "_queue", "_window", "any_order", "presettled")
+    __slots__ = ("_any_order", "_big_at", "_outcomes", "_queue", "_window", "presettled")
 
     role = Role.SENDER
 
@@ -233,7 +230,12 @@ class Sender(_Link):
         self._big_at = 0
         self._outcomes: list[Outcome] = []
         self.presettled = False
-        self.any_order = False
+        self._any_order = False
+
+    def any_order(self) -> None:
+        """From now on outcomes come as the peer gives them, and one that lacks keeps no other back."""
+        self._any_order = True
+        self._engine._counting = True
 
     @property
     def credit(self) -> int:
@@ -370,9 +372,9 @@ class Sender(_Link):
         return given_back
 
     def take_outcomes(self) -> list[Outcome]:
-        """What became known since the last call, in the order sent; a gap is never skipped, except in `any_order`.
+        """What became known since the last call, in the order sent; a gap is never skipped, except after any_order().
 
-        There, what is one outcome for several messages is always about the oldest.
+        Then, what is one outcome for several messages is always about the oldest.
         """
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
@@ -383,7 +385,7 @@ class Sender(_Link):
             return False
         before = len(self._window)
         settled = raw.settled_heads(self._window)
-        if self.any_order and (news is None or news > before - len(self._window)):
+        if self._any_order and (news is None or news > before - len(self._window)):
             settled += raw.settled_others(self._window)
         for state, seq, count, condition, description, failed, undeliverable in settled:
             kind = _OUTCOME_BY_STATE[state]
@@ -585,6 +587,7 @@ class Engine:
         self._sessions: dict[raw.Pointer, Session] = {}
         self._reported: set[Sender | Receiver] = set()  # closed by us for cause, and said so already
         self._touched: dict[raw.Pointer, int] = {}
+        self._counting = False  # a sender takes outcomes in any order
         self._feeding: dict[Sender, None] = {}  # with a large message on its way
         self._events: list[Event] = []
         self._failed = False
@@ -884,7 +887,7 @@ class Engine:
     def _drain(self, now: float | None) -> None:
         """Turn proton's events into ours."""
         while not self._lost:
-            control = raw.next_control(self._collector, self._touched)
+            control = raw.next_control(self._collector, self._touched, self._counting)
             if self._touched:
                 self._resolve()
             if control is None:

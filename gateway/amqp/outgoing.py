@@ -47,7 +47,7 @@ class Outgoing:
         self.window = window
         self._given_back = given_back
         self._writable = writable
-        link.any_order = True  # workers finish as they can, and a queue hands nothing out again that was accepted
+        link.any_order()  # workers finish as they can, and a queue hands nothing out again that was accepted
         self._sent: deque[tuple[int, Group, int]] = deque()  # number, group, seq; in the order sent
         self._number = 0
         self._turn = 0

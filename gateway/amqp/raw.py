@@ -29,6 +29,7 @@ EVENT_LINK_REMOTE_DETACH: int = lib.PN_LINK_REMOTE_DETACH
 EVENT_TRANSPORT_ERROR: int = lib.PN_TRANSPORT_ERROR
 _DELIVERY: int = lib.PN_DELIVERY
 _LINK_FLOW: int = lib.PN_LINK_FLOW
+_HOT_EVENTS = frozenset((_DELIVERY, _LINK_FLOW))
 
 # The rare events, and how to find what they are about.
 _CONTEXT_OF: dict[int, Callable[[Pointer], Pointer]] = {
@@ -162,21 +163,23 @@ def tick(transport: Any, now_ms: int) -> int:
 # ------------------------------------------------------------------------------------------------ events
 
 
-def next_control(collector: Any, touched: dict[Pointer, int]) -> tuple[int, Pointer] | None:
+def next_control(collector: Any, touched: dict[Pointer, int], counting: bool) -> tuple[int, Pointer] | None:
     """Take events up to and with the next rare one: (its type, the link or session it is about); None at the end.
 
-    Links with deliveries or credit are only put into `touched`, in this order, with how many deliveries had news.
+    Links with deliveries or credit are only put into `touched`, in this order, once however many events they had;
+    `counting`: with how many deliveries had news.
     """
     impl = collector._impl
     peek, pop, event_type = lib.pn_collector_peek, lib.pn_collector_pop, lib.pn_event_type
     event_link = lib.pn_event_link
     while event := peek(impl):
         kind = event_type(event)
-        if kind == _DELIVERY:
-            link = event_link(event)
-            touched[link] = touched.get(link, 0) + 1
-        elif kind == _LINK_FLOW:
-            touched.setdefault(event_link(event), 0)
+        if kind in _HOT_EVENTS:
+            if counting:
+                link = event_link(event)
+                touched[link] = touched.get(link, 0) + (kind == _DELIVERY)
+            else:
+                touched[event_link(event)] = 0
         elif kind in _CONTEXT_OF:
             about = _CONTEXT_OF[kind](event)
             pop(impl)

@@ -158,7 +158,7 @@ def test_outcomes_come_in_order_and_only_accepted_ones_are_collapsed() -> None:
 def test_in_any_order_no_outcome_waits_for_another() -> None:
     pair = Pair()
     sender, receiver = pair.link_to_server()
-    sender.any_order = True
+    sender.any_order()
     sender.send([(seq, b"m") for seq in range(10, 18)])
     pair.run()
     handles = [handle for handle, _ in pair.received()]
