@@ -422,6 +422,18 @@ def test_a_dynamic_address_is_its_makers_and_lives_as_long_as_its_link(gateway: 
     assert gone.value.condition == "amqp:not-found"
 
 
+def test_a_queues_receiver_may_settle_in_any_order_and_keeps_only_what_it_did_not(gateway: Gateway) -> None:
+    app = gateway.app()
+    send_all(app, "jobs/any", [str(n) for n in range(6)])
+    worker = app.create_receiver("jobs/any", credit=6)
+    assert bodies(worker, 6, accept=False) == [str(n) for n in range(6)]
+    for delivery in list(worker.fetcher.unsettled)[1::2]:
+        delivery.update(Delivery.ACCEPTED)
+        delivery.settle()
+    worker.close()
+    assert bodies(app.create_receiver("jobs/any"), 3) == ["0", "2", "4"]
+
+
 class DynamicTarget(LinkOption):
     def apply(self, link: Any) -> None:
         link.target.dynamic = True
