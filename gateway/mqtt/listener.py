@@ -566,10 +566,9 @@ class Client(asyncio.Protocol):
         if session is None:
             return True  # taken over meanwhile: the client sends it again
         number = int.from_bytes(packet_id, "big")
-        # Without DUP it is no repetition of what an earlier connection left (MQTT-3.3.1-1), but the first message under
-        # that id of a client that was restarted and has forgotten: taken for one it would be lost.
-        if qos == 2 and dup and number in session.incoming:
-            self._answer(acknowledged, [packet_id], 2, session=session, repeat=True)  # §4.3.3
+        content = hash((topic, payload)) if qos == 2 else 0
+        if qos == 2 and session.repeats(number, content, dup=dup):
+            self._answer(acknowledged, [packet_id], 2, session=session, repeat=True)
             return True
         refusal = self._refusal(topic, payload, properties)
         if refusal is not None:
@@ -586,7 +585,7 @@ class Client(asyncio.Protocol):
                 self._journal.lose(error.stream, 0, "refused-qos-0", len(payload), self._conn.client_id)
             return True
         if qos == 2:
-            session.take_in(number)
+            session.take_in(number, content)
             self._answer(acknowledged, [packet_id], 2, session=session)
         elif qos:
             acknowledged.append(packet_id)

@@ -112,10 +112,29 @@ def test_an_unfinished_message_of_a_client_is_finished_on_its_next_connection(ve
     listener.message(b"marker")
 
 
+def test_a_message_sent_again_on_the_next_connection_without_dup_is_delivered_once(
+    version: int, join: Connector
+) -> None:
+    """As rumqttc does."""
+    (listener, topic), name = listening(version, join, "nodup/"), fresh("nodup")
+    client = join(version, name, **LASTING)
+    client.say(mqtt.publish(version, topic, b"once", 2, 8))
+    client.expect(mqtt.PUBREC, packet_id=8)
+    client.drop()
+    client = join(version, name, **LASTING)
+    client.say(mqtt.publish(version, topic, b"once", 2, 8))
+    assert client.expect(mqtt.PUBREC, packet_id=8).reason < 0x80
+    client.say(mqtt.ack(mqtt.PUBREL, 8))
+    client.expect(mqtt.PUBCOMP, packet_id=8, reason=0)
+    client.publish(topic, b"marker", 1)
+    listener.message(b"once")
+    listener.message(b"marker")
+
+
 def test_a_new_message_under_an_identifier_that_an_earlier_connection_left_unfinished_is_not_lost(
     version: int, join: Connector
 ) -> None:
-    """Without DUP it is none sent again (MQTT-3.3.1-1): its client was restarted and knows of nothing unfinished."""
+    """Without DUP and with other content it is none sent again (MQTT-3.3.1-1): its client was restarted and forgot."""
     listener, topic = listening(version, join, "forgot/")
     name = fresh("forgot")
     client = join(version, name, **LASTING)
