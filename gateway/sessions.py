@@ -217,7 +217,8 @@ class Session:
         self.needs: Counter[Stream] = Counter()  # how many subscriptions want something of each
         self.groups: dict[str, ShareGroup] = {}
         self.outlet: Outlet | None = None
-        self.incoming: dict[int, None] = {}
+        # Ids of QoS 2 not released, with a hash of what came under each; None: from before the daemon's start.
+        self.incoming: dict[int, int | None] = {}
         self.sent: dict[int, Sent] = {}
         self.due: dict[int, Due] = {}
         self.no_local = 0  # how many of them are so
@@ -766,16 +767,23 @@ class Session:
 
     # ------------------------------------------------------------------ what comes from the client at QoS 2
 
-    def take_in(self, packet_id: int) -> bool:
-        """Whether a message of QoS 2 is new; then its id is remembered with the commit that holds it."""
-        if packet_id in self.incoming:
-            return False
-        self.incoming[packet_id] = None
-        if self.durable:
+    def take_in(self, packet_id: int, content: int) -> bool:
+        """A message of QoS 2 is taken: whether its id is new, which is remembered with the commit that holds it."""
+        new = packet_id not in self.incoming
+        self.incoming[packet_id] = content
+        if new and self.durable:
             self._journal.execute_with_rows(
                 "INSERT OR REPLACE INTO mqtt_incoming VALUES (?, ?)", (self.client_id, packet_id)
             )
-        return True
+        return new
+
+    def repeats(self, packet_id: int, content: int, *, dup: bool) -> bool:
+        """Whether a message of QoS 2 is one that came before and was not released (MQTT 5.0 §4.3.3).
+
+        Without DUP it must not be one (MQTT-3.3.1-1): mostly it is the first under that id of a client that was
+        restarted and has forgotten, and would be lost. But some (rumqttc) do send again so: the content decides.
+        """
+        return packet_id in self.incoming and (dup or self.incoming[packet_id] == content)
 
     def has_in(self, packet_ids: Iterable[bytes]) -> bool:
         """Whether messages of QoS 2 came with these ids, are stored or about to be, and are not released."""

@@ -16,7 +16,7 @@ contradict one another are a mistake. In the other direction nothing is changed:
 
 A **topic** is multicast: every receiver has its own place and gets every message. A **queue** is anycast: its receivers
 share one durable place, and every message goes to one of them. Addresses below REPLY_PREFIX are made by us for
-receivers that ask for a dynamic one.
+those that ask for a dynamic one: a queue, unless they ask for a topic.
 """
 
 from __future__ import annotations
@@ -115,18 +115,23 @@ def kind_of(address: Address, capabilities: Iterable[str], rules: Sequence[Rule]
 
     Raises AddressError where two of them contradict one another.
     """
-    asked = {_CAPABILITIES[name] for name in capabilities if name in _CAPABILITIES}
-    if address.kind is not None:
-        asked.add(address.kind)
-    if len(asked) > 1:
-        raise AddressError(f"address {_short(address.topic)}: asked for as a queue and as a topic")
-    wanted = asked.pop() if asked else None
+    wanted = asked_for(address, capabilities)
     rule = next((rule for rule in rules if covers(rule.filter, address.topic)), None)
     if rule is None:
         return wanted or Kind.TOPIC
     if wanted not in (None, rule.kind):
         raise AddressError(f"address {_short(address.topic)}: it is a {rule.kind.value} by configuration")
     return rule.kind
+
+
+def asked_for(address: Address, capabilities: Iterable[str]) -> Kind | None:
+    """What prefix or capability ask for, None if nothing. Raises AddressError where they contradict one another."""
+    asked = {_CAPABILITIES[name] for name in capabilities if name in _CAPABILITIES}
+    if address.kind is not None:
+        asked.add(address.kind)
+    if len(asked) > 1:
+        raise AddressError(f"address {_short(address.topic)}: asked for as a queue and as a topic")
+    return asked.pop() if asked else None
 
 
 def covers(rule: str, topic_or_filter: str) -> bool:

@@ -73,6 +73,15 @@ class _Queue:
     idle_since: float | None = None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Reply:
+    """A dynamic address, that only `owner` may receive from. source: its queue, None where it is a topic."""
+
+    topic: str
+    owner: Hashable
+    source: Source | None
+
+
 class Directory:
     """`streams_for(filter)`: the streams that may hold messages for it. `changed()`: what is read has changed."""
 
@@ -85,7 +94,7 @@ class Directory:
         self.rules: tuple[Rule, ...] = ()
         self.subscriptions: dict[str, Subscription] = {}
         self._queues: dict[str, _Queue] = {}
-        self._replies: dict[str, tuple[Hashable, Source]] = {}
+        self._replies: dict[str, Reply] = {}
         self._volatile: dict[Source, None] = {}
         self._tree: FilterTree[Source] = FilterTree()
         self._audiences: dict[str, list[Source]] = {}
@@ -283,25 +292,27 @@ class Directory:
 
     # ------------------------------------------------------------------ replies
 
-    def open_reply(self, owner: Hashable, token: str) -> Source:
-        """A fresh address, a volatile queue that only `owner` may receive from. Raises TooMany."""
-        if sum(1 for each, _ in self._replies.values() if each is owner) >= REPLIES_A_CONNECTION_MAX:
+    def open_reply(self, owner: Hashable, token: str, kind: Kind = Kind.QUEUE) -> Reply:
+        """A fresh address: a volatile queue, or a topic, whose receivers get a `volatile` each. Raises TooMany."""
+        if sum(1 for each in self._replies.values() if each.owner is owner) >= REPLIES_A_CONNECTION_MAX:
             raise TooMany(f"{REPLIES_A_CONNECTION_MAX} dynamic addresses on one connection")
         topic = REPLY_PREFIX + token
-        source = Source(topic, f"reply:{token}", Kind.QUEUE, False, False)
-        self._feed(source)
-        self._volatile[source] = None
-        self._replies[topic] = owner, source
-        self._changed()
-        return source
+        source = None
+        if kind is Kind.QUEUE:
+            source = Source(topic, f"reply:{token}", Kind.QUEUE, False, False)
+            self._feed(source)
+            self._volatile[source] = None
+            self._changed()
+        reply = self._replies[topic] = Reply(topic, owner, source)
+        return reply
 
     def close_reply(self, topic: str) -> None:
-        entry = self._replies.pop(topic, None)
-        if entry is not None:
-            self.forget(entry[1])
+        reply = self._replies.pop(topic, None)
+        if reply is not None and reply.source is not None:
+            self.forget(reply.source)
 
-    def reply(self, topic: str) -> tuple[Hashable, Source] | None:
-        """Owner and source of a reply address that is alive."""
+    def reply(self, topic: str) -> Reply | None:
+        """A reply address that is alive."""
         return self._replies.get(topic)
 
 

@@ -217,9 +217,9 @@ class _Link:
 
 
 class Sender(_Link):
-    """Our sending end. Messages are known by their seq; outcomes come in the order they were sent."""
+    """Our sending end. Messages are known by their seq; outcomes come in the order they were sent, unless told else."""
 
-    __slots__ = ("_big_at", "_outcomes", "_queue", "_window", "presettled")
+    __slots__ = ("_any_order", "_big_at", "_outcomes", "_queue", "_window", "presettled")
 
     role = Role.SENDER
 
@@ -230,6 +230,12 @@ class Sender(_Link):
         self._big_at = 0
         self._outcomes: list[Outcome] = []
         self.presettled = False
+        self._any_order = False
+
+    def any_order(self) -> None:
+        """From now on outcomes come as the peer gives them, and one that lacks keeps no other back."""
+        self._any_order = True
+        self._engine._counting = True
 
     @property
     def credit(self) -> int:
@@ -366,15 +372,21 @@ class Sender(_Link):
         return given_back
 
     def take_outcomes(self) -> list[Outcome]:
-        """What became known since the last call, in the order sent; a gap is never skipped."""
+        """What became known since the last call, in the order sent; a gap is never skipped, except after any_order().
+
+        Then, what is one outcome for several messages is always about the oldest.
+        """
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
-    def _collect(self) -> bool:
-        """Walk the settled head of the window: whether there is anything new."""
+    def _collect(self, news: int | None = None) -> bool:
+        """Walk what is settled of the window, `news` of it if that is known: whether there is anything new."""
         if not self._window:
             return False
+        before = len(self._window)
         settled = raw.settled_heads(self._window)
+        if self._any_order and (news is None or news > before - len(self._window)):
+            settled += raw.settled_others(self._window)
         for state, seq, count, condition, description, failed, undeliverable in settled:
             kind = _OUTCOME_BY_STATE[state]
             self._outcomes.append(Outcome(kind, seq, count, condition, description, failed, undeliverable))
@@ -577,7 +589,8 @@ class Engine:
         self._links: dict[raw.Pointer, Sender | Receiver] = {}
         self._sessions: dict[raw.Pointer, Session] = {}
         self._reported: set[Sender | Receiver] = set()  # closed by us for cause, and said so already
-        self._touched: dict[raw.Pointer, None] = {}
+        self._touched: dict[raw.Pointer, int] = {}
+        self._counting = False  # a sender takes outcomes in any order
         self._feeding: dict[Sender, None] = {}  # with a large message on its way
         self._events: list[Event] = []
         self._failed = False
@@ -877,7 +890,7 @@ class Engine:
     def _drain(self, now: float | None) -> None:
         """Turn proton's events into ours."""
         while not self._lost:
-            control = raw.next_control(self._collector, self._touched)
+            control = raw.next_control(self._collector, self._touched, self._counting)
             if self._touched:
                 self._resolve()
             if control is None:
@@ -889,14 +902,14 @@ class Engine:
 
     def _resolve(self) -> None:
         touched, self._touched = self._touched, {}
-        for pointer in touched:
+        for pointer, news in touched.items():
             link = self._links.get(pointer)
             if link is None:
                 continue
             if type(link) is Receiver:
                 link._pull(self._events)
             elif type(link) is Sender:
-                if link._collect():
+                if link._collect(news):
                     self._outcomes_ready(link)
                 if link.capacity > 0 or link.draining or link.feeding:
                     self._events.append(Credit(link))

@@ -160,6 +160,8 @@ class Incoming:
 
     @staticmethod
     def _named(message: Message) -> str:
+        if message.to is None:
+            raise Refused(NOT_FOUND, "the link has no address, and neither has the message (`to`)")
         try:
             return parse(message.to).topic
         except AddressError as error:

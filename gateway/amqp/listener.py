@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
-from gateway.amqp.addresses import REPLY_PREFIX, Address, AddressError, Kind, Rule, kind_of, parse
-from gateway.amqp.directory import NAME_BYTES_MAX, Directory, Source, TooMany
+from gateway.amqp.addresses import REPLY_PREFIX, Address, AddressError, Kind, Rule, asked_for, kind_of, parse
+from gateway.amqp.directory import NAME_BYTES_MAX, Directory, Reply, Source, TooMany
 from gateway.amqp.driver import AmqpProtocol
 from gateway.amqp.engine import Engine, Receiver, Sender
 from gateway.amqp.events import (
@@ -511,7 +511,7 @@ class Peer:
         topic: str | None = None
         confirmed = target
         if target.dynamic:
-            topic = self._open_reply(link).filter
+            topic = self._open_reply(link, target).topic
             confirmed = replace(target, address=topic)
         elif target.address:
             address = parse(target.address)
@@ -541,8 +541,9 @@ class Peer:
         if source is None:
             source, place = self._resumed_subscription(link)
         elif source.dynamic:
-            place = self._open_reply(link)
-            source = replace(source, address=place.filter)
+            reply = self._open_reply(link, source)
+            place = self._reply_place(link, reply.topic)
+            source = replace(source, address=reply.topic)
         else:
             place = self._place(link, source)
         if place.exclusive and place in self._listener.holders:
@@ -566,7 +567,7 @@ class Peer:
     def _place(self, link: Sender, source: Terminus) -> Source:
         address = parse(source.address, receiver=True)
         if address.is_reply:
-            return self._reply_place(address)
+            return self._reply_place(link, address.topic)
         self._check_receive(address.topic)
         directory = self._directory
         if kind_of(address, source.capabilities, directory.rules) is Kind.QUEUE:
@@ -600,19 +601,19 @@ class Peer:
         self._check_receive(found.source.filter)
         return Terminus(found.source.filter, Durability.UNSETTLED_STATE, Expiry.NEVER), found.source
 
-    def _open_reply(self, link: Sender | Receiver) -> Source:
-        place = self._directory.open_reply(self, secrets.token_hex(16))
-        self._replies[link] = place.filter
-        return place
+    def _open_reply(self, link: Sender | Receiver, asked: Terminus) -> Reply:
+        kind = asked_for(Address(""), asked.capabilities) or Kind.QUEUE
+        reply = self._directory.open_reply(self, secrets.token_hex(16), kind)
+        self._replies[link] = reply.topic
+        return reply
 
-    def _reply_place(self, address: Address) -> Source:
-        found = self._directory.reply(address.topic)
+    def _reply_place(self, link: Sender, topic: str) -> Source:
+        found = self._directory.reply(topic)
         if found is None:
             raise Refused(NOT_FOUND, "there is no such dynamic address, or not any more")
-        owner, place = found
-        if owner is not self:
+        if found.owner is not self:
             raise Refused(UNAUTHORIZED, "only the connection that made a dynamic address receives from it")
-        return place
+        return found.source or self._directory.volatile(topic, self._container, link.name)
 
     def _steal(self, place: Source) -> None:
         """A subscription's app is back while its old link still seems alive (part 2.6.1): the new one gets it."""

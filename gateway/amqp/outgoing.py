@@ -7,6 +7,7 @@ one's own the window empties first, so that the order stays. Knows no socket and
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 
@@ -46,7 +47,8 @@ class Outgoing:
         self.window = window
         self._given_back = given_back
         self._writable = writable
-        self._sent: deque[tuple[Group, int]] = deque()  # in the order sent, which is that of the answers
+        link.any_order()  # workers finish as they can, and a queue hands nothing out again that was accepted
+        self._sent: deque[tuple[int, Group, int]] = deque()  # number, group, seq; in the order sent
         self._number = 0
         self._turn = 0
         self._resend_at: float | None = None
@@ -82,7 +84,9 @@ class Outgoing:
 
     def stuck(self, now: float) -> bool:
         """Whether this receiver holds up the others of its queue."""
-        return now - self.progress_at > STUCK_S_MAX and any(g.blocker is self for g in self.source.groups.values())
+        if self.source.exclusive or now - self.progress_at <= STUCK_S_MAX:
+            return False
+        return any(group.blocker is self for group in self.source.groups.values())
 
     def wake(self, now: float) -> None:
         """Take answers, move cursors, send what there is room for.
@@ -114,15 +118,15 @@ class Outgoing:
 
     def _judge(self, outcome: Outcome, now: float) -> None:
         """What one answer means. Absent from this table is a bug of ours, not the app's."""
-        if outcome.kind is OutcomeKind.ACCEPTED:
-            self.settled += outcome.count
-            self._resend_s = RESEND_S_MIN
-            for _ in range(outcome.count):
-                group, seq = self._sent.popleft()
-                group.done(self, seq)
-            return
-        group, seq = self._sent.popleft()
+        for _ in range(outcome.count - 1):
+            _, group, seq = self._sent.popleft()
+            group.done(self, seq)
+        group, seq = self._answered(outcome.seq)
         match outcome.kind:
+            case OutcomeKind.ACCEPTED:
+                self.settled += outcome.count
+                self._resend_s = RESEND_S_MIN
+                group.done(self, seq)
             case OutcomeKind.REJECTED:
                 self._bury(group, seq, outcome.condition or "rejected", outcome.description or "")
             case OutcomeKind.MODIFIED if outcome.undeliverable_here and self.source.exclusive:
@@ -134,6 +138,13 @@ class Outgoing:
                 group.release(self, seq, failed=outcome.delivery_failed, barred=outcome.undeliverable_here)
                 if not self.source.exclusive:
                     self._given_back(group)
+
+    def _answered(self, number: int) -> tuple[Group, int]:
+        """Take out what was sent under this number."""
+        at = bisect_left(self._sent, (number,))
+        _, group, seq = self._sent[at]
+        del self._sent[at]
+        return group, seq
 
     def _bury(self, group: Group, seq: int, condition: str, description: str) -> None:
         if group.done(self, seq):
@@ -183,7 +194,7 @@ class Outgoing:
                 body = self._body(group, row)
                 if body is not None:
                     self._number += 1
-                    self._sent.append((group, row.seq))
+                    self._sent.append((self._number, group, row.seq))
                     batch.append((self._number, body))
                     size += len(body)
         return batch, taken

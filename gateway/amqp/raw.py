@@ -163,10 +163,11 @@ def tick(transport: Any, now_ms: int) -> int:
 # ------------------------------------------------------------------------------------------------ events
 
 
-def next_control(collector: Any, touched: dict[Pointer, None]) -> tuple[int, Pointer] | None:
+def next_control(collector: Any, touched: dict[Pointer, int], counting: bool) -> tuple[int, Pointer] | None:
     """Take events up to and with the next rare one: (its type, the link or session it is about); None at the end.
 
-    Links with deliveries or credit are only put into `touched`, in this order, once however many events they had.
+    Links with deliveries or credit are only put into `touched`, in this order, once however many events they had;
+    `counting`: with how many deliveries had news.
     """
     impl = collector._impl
     peek, pop, event_type = lib.pn_collector_peek, lib.pn_collector_pop, lib.pn_event_type
@@ -174,7 +175,11 @@ def next_control(collector: Any, touched: dict[Pointer, None]) -> tuple[int, Poi
     while event := peek(impl):
         kind = event_type(event)
         if kind in _HOT_EVENTS:
-            touched[event_link(event)] = None
+            if counting:
+                link = event_link(event)
+                touched[link] = touched.get(link, 0) + (kind == _DELIVERY)
+            else:
+                touched[event_link(event)] = 0
         elif kind in _CONTEXT_OF:
             about = _CONTEXT_OF[kind](event)
             pop(impl)
@@ -268,6 +273,25 @@ def settled_heads(window: deque[tuple[int, Pointer]]) -> list[Settlement]:
     if count:
         runs.append((ACCEPTED, last, count, None, None, False, False))
     return runs
+
+
+def settled_others(window: deque[tuple[int, Pointer]]) -> list[Settlement]:
+    """The same for every delivery, wherever it stands in `window`: one entry each, in the order sent."""
+    state_of, updated = lib.pn_delivery_remote_state, lib.pn_delivery_updated
+    known: list[tuple[int, Settlement]] = []
+    for at, (seq, delivery) in enumerate(window):
+        if not updated(delivery):
+            continue
+        state = state_of(delivery)
+        if state not in (ACCEPTED, REJECTED, RELEASED, MODIFIED):
+            if not lib.pn_delivery_settled(delivery):
+                continue
+            state = 0
+        known.append((at, _outcome(state, seq, delivery)))
+    for at, _ in reversed(known):
+        lib.pn_delivery_settle(window[at][1])
+        del window[at]
+    return [each for _, each in known]
 
 
 def _outcome(state: int, seq: int, delivery: Pointer) -> Settlement:

@@ -295,6 +295,10 @@ def _reason(reader: _Reader, allowed: frozenset[int]) -> int:
     return reason
 
 
+ONLY = "only MQTT 3.1.1 and 5.0 are spoken here"
+_LEGACY = b"\x00\x06MQIsdp\x03"
+
+
 def protocol_level(body: bytes) -> int | None:
     """The protocol level a CONNECT's body claims, None if it isn't MQTT's. Whatever else it holds may be wrong."""
     if body[:6] == b"\x00\x04MQTT" and len(body) > 6:
@@ -306,11 +310,14 @@ def protocol_level(body: bytes) -> int | None:
 
 def _read_connect(first: int, reader: _Reader, version: int) -> Connect:
     level = protocol_level(reader.data)
+    legacy = reader.data[: len(_LEGACY)] == _LEGACY
     if level is None:
         raise MqttError(Reason.UNSUPPORTED_PROTOCOL_VERSION, "the protocol name is not MQTT")
+    if legacy:
+        level = V3
     if level not in (V3, V5):
-        raise MqttError(Reason.UNSUPPORTED_PROTOCOL_VERSION, "only MQTT 3.1.1 and 5.0 are spoken here")
-    reader.take(7)
+        raise MqttError(Reason.UNSUPPORTED_PROTOCOL_VERSION, ONLY)
+    reader.take(len(_LEGACY) if legacy else 7)
     flags = reader.u8()
     if flags & 1:
         raise _malformed("CONNECT's reserved flag is set")  # MQTT-3.1.2-3
@@ -330,7 +337,7 @@ def _read_connect(first: int, reader: _Reader, version: int) -> Connect:
     username = reader.text() if flags & 0x80 else None
     password = reader.binary() if flags & 0x40 else None
     _end(reader)
-    return Connect(level, client_id, bool(flags & 2), keep_alive, username, password, will, properties)
+    return Connect(level, client_id, bool(flags & 2), keep_alive, username, password, will, properties, legacy)
 
 
 def _read_connack(first: int, reader: _Reader, version: int) -> Connack:
@@ -685,7 +692,8 @@ def _write_connect(packet: Connect) -> bytes:
     flags = packet.clean_start << 1 | (packet.username is not None) << 7 | (packet.password is not None) << 6
     if will is not None:
         flags |= 4 | will.qos << 3 | will.retain << 5
-    out = [b"\x00\x04MQTT", bytes((packet.version, flags)), _u16(packet.keep_alive)]
+    head = _LEGACY if packet.legacy else b"\x00\x04MQTT" + bytes((packet.version,))
+    out = [head, bytes((flags,)), _u16(packet.keep_alive)]
     if v5:
         out.append(encode_properties(packet.properties))
     out.append(encode_text(packet.client_id))

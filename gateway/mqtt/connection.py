@@ -747,9 +747,12 @@ class ServerConnection:
         topic = self._resolve(packet.topic, alias) if alias else packet.topic
         packet_id = packet.packet_id.to_bytes(2, "big") if packet.qos else b""
         self._intake_room -= counts
+        dup = packet.dup
         if packet.qos == 2:
+            # Within a connection an id means one message until its PUBREL (MQTT-4.3.3-10), whatever DUP says.
+            dup |= not counts
             self._unreleased.add(packet.packet_id)
-        return topic, packet.qos, packet.retain, packet.dup, packet_id, packet.payload, properties
+        return topic, packet.qos, packet.retain, dup, packet_id, packet.payload, properties
 
     def _resolve(self, topic: str, alias: int) -> str:
         """Set or use an alias (MQTT 5.0 §3.3.2.3.4)."""

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
 from gateway.broker import Broker
-from gateway.mqtt.codec import PropertiesCache, TopicCache
+from gateway.mqtt.codec import ONLY, PropertiesCache, TopicCache
 from gateway.mqtt.connection import Limits, ServerConnection, TooLargeForPeer
 from gateway.mqtt.delivery import Delivery
 from gateway.mqtt.events import (
@@ -181,6 +181,7 @@ class Client(asyncio.Protocol):
         self._permit: Permit | None = None
         self._login: asyncio.Task[None] | None = None
         self._deaf = False
+        self._resumed = False  # the session is older than the connection
         self._parted = False  # the client said DISCONNECT
         self._ending = False  # we have said all we had to say
         self._finishing = False  # nothing more is read; what was said is done, and then this ends
@@ -548,13 +549,14 @@ class Client(asyncio.Protocol):
 
     def _append_one(self, message: Published, acknowledged: list[bytes]) -> bool:
         """Stage a message of any kind. False where it has to be held; `acknowledged`: PUBACKs not yet waited for."""
-        topic, qos, retain, _, packet_id, payload, properties = message
+        topic, qos, retain, dup, packet_id, payload, properties = message
         session = self._session
         if session is None:
             return True  # taken over meanwhile: the client sends it again
         number = int.from_bytes(packet_id, "big")
-        if qos == 2 and number in session.incoming:
-            self._answer(acknowledged, [packet_id], 2, session=session, repeat=True)  # §4.3.3
+        content = hash((topic, payload)) if qos == 2 else 0
+        if qos == 2 and session.repeats(number, content, dup=dup):
+            self._answer(acknowledged, [packet_id], 2, session=session, repeat=True)
             return True
         refusal = self._refusal(topic, payload, properties)
         if refusal is not None:
@@ -571,7 +573,7 @@ class Client(asyncio.Protocol):
                 self._journal.lose(error.stream, 0, "refused-qos-0", len(payload), self._conn.client_id)
             return True
         if qos == 2:
-            session.take_in(number)
+            session.take_in(number, content)
             self._answer(acknowledged, [packet_id], 2, session=session)
         elif qos:
             acknowledged.append(packet_id)
@@ -695,10 +697,12 @@ class Client(asyncio.Protocol):
             return
         known = [p for p in packet_ids if session.let_go(p)]
         unknown = [p for p in packet_ids if p not in known]
+        # Where a PUBCOMP may be lost this is no mismatch (MQTT 5.0 §3.7.2.1), and clients take 0x92 for a failure.
+        reason = 0 if self._resumed else Reason.PACKET_IDENTIFIER_NOT_FOUND
 
         def answer() -> None:
             self._conn.pubcomp(known)
-            self._conn.pubcomp(unknown, Reason.PACKET_IDENTIFIER_NOT_FOUND)
+            self._conn.pubcomp(unknown, reason)
 
         self._journal.wait(self, answer)
 
@@ -743,6 +747,11 @@ class Client(asyncio.Protocol):
         assigned = None if connect.client_id else known
         client_id = connect.client_id or assigned or ""
         if not self._admitted(connect, client_id):
+            return
+        if connect.legacy:
+            # Only now: Eclipse Paho for Java tries 3.1 wherever 3.1.1 was refused, and its app hears this answer only.
+            log.warning("client refused", extra=self._who(client=client_id, why=ONLY))
+            self._conn.refuse(Reason.UNSUPPORTED_PROTOCOL_VERSION, ONLY)
             return
         self._open(connect, client_id, assigned)
 
@@ -794,6 +803,7 @@ class Client(asyncio.Protocol):
 
     def _accept(self, session: Session, present: bool, assigned: str | None, expiry_s: int | None) -> None:
         """Session and will are on disk, or their end is: the client is told that it has them."""
+        self._resumed = present
         connect = self._conn.connect
         information = None
         if connect is not None and connect.properties.request_response_information:

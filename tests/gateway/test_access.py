@@ -169,11 +169,12 @@ class Bench:
         expiry_s: int | None = None,
         clean: bool = True,
         will: str | None = None,
+        legacy: bool = False,
     ) -> tuple[Peer, Packet | None]:
         peer = Peer(*await asyncio.open_connection("127.0.0.1", self.port), version)
         last = None if will is None else Will(will, b"gone")
         properties = ConnectProperties(session_expiry_interval=expiry_s)
-        peer.say(Connect(version, name, clean, 0, user, password, last, properties))
+        peer.say(Connect(version, name, clean, 0, user, password, last, properties, legacy))
         return peer, await peer.hear()
 
     async def welcome(self, name: str = "one", version: int = V5, **said: Any) -> Peer:
@@ -369,6 +370,18 @@ def test_with_a_password_file_only_the_right_password_opens(
         assert await bench.refused(version=version, user="bert", password=b"secret") == bad
         assert await bench.refused(version=version, user="anna") == bad
         assert await bench.refused(version=version) == anonymous
+
+    play(tmp_path, CLOSED, story, anna=b"secret")
+
+
+def test_mqtt_3_1_is_refused_whatever_is_given_and_a_wrong_password_for_what_it_is(tmp_path: Path) -> None:
+    """Eclipse Paho for Java tries 3.1 when 3.1.1 was refused, and tells its app of the second answer only."""
+
+    async def story(bench: Bench) -> None:
+        assert await bench.refused(version=V3, legacy=True, user="anna", password=b"Secret") == 4
+        assert await bench.refused(version=V3, legacy=True) == 5
+        assert await bench.refused(version=V3, legacy=True, user="anna", password=b"secret") == 1
+        assert bench.app.broker.sessions == {}
 
     play(tmp_path, CLOSED, story, anna=b"secret")
 

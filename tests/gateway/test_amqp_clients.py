@@ -38,6 +38,9 @@ class Capability(LinkOption):
         (link.source if link.is_receiver else link.target).capabilities.put_object(symbol(self.name))
 
 
+TEMPORARY_TOPIC = Capability("temporary-topic")
+
+
 class Browse(ReceiverOption):
     def apply(self, receiver: Any) -> None:
         receiver.source.distribution_mode = Terminus.DIST_MODE_COPY
@@ -417,6 +420,55 @@ def test_a_dynamic_address_is_its_makers_and_lives_as_long_as_its_link(gateway: 
     with pytest.raises(LinkDetached) as gone:
         other.create_sender(address)
     assert gone.value.condition == "amqp:not-found"
+
+
+def test_a_queues_receiver_may_settle_in_any_order_and_keeps_only_what_it_did_not(gateway: Gateway) -> None:
+    app = gateway.app()
+    send_all(app, "jobs/any", [str(n) for n in range(6)])
+    worker = app.create_receiver("jobs/any", credit=6)
+    assert bodies(worker, 6, accept=False) == [str(n) for n in range(6)]
+    for delivery in list(worker.fetcher.unsettled)[1::2]:
+        delivery.update(Delivery.ACCEPTED)
+        delivery.settle()
+    worker.close()
+    assert bodies(app.create_receiver("jobs/any"), 3) == ["0", "2", "4"]
+
+
+class DynamicTarget(LinkOption):
+    def apply(self, link: Any) -> None:
+        link.target.dynamic = True
+
+
+def test_all_receivers_of_a_temporary_topic_get_every_message(gateway: Gateway) -> None:
+    app, other = gateway.app(), gateway.app()
+    maker = app.create_sender(None, options=[DynamicTarget(), TEMPORARY_TOPIC])
+    address = maker.remote_target.address
+    send_all(other, address, ["nobody receives yet"])
+    receivers = [
+        app.create_receiver(address, options=TEMPORARY_TOPIC, name="one"),
+        app.create_receiver(address, name="two"),
+    ]
+    send_all(other, address, ["a", "b"])
+    assert [bodies(receiver, 2) for receiver in receivers] == [["a", "b"], ["a", "b"]]
+    receivers[0].close()
+    send_all(other, address, ["c"])
+    assert bodies(receivers[1], 1) == ["c"]
+    with pytest.raises(LinkDetached) as refused:
+        other.create_receiver(address)
+    assert refused.value.condition == "amqp:unauthorized-access"
+    maker.close()
+    with pytest.raises(LinkDetached) as gone:
+        other.create_sender(address)
+    assert gone.value.condition == "amqp:not-found"
+
+
+def test_a_receiver_that_asks_for_a_temporary_topic_shares_it_with_its_connections_others(gateway: Gateway) -> None:
+    app = gateway.app()
+    first = app.create_receiver(None, dynamic=True, options=TEMPORARY_TOPIC)
+    address = first.remote_source.address
+    second = app.create_receiver(address)
+    send_all(gateway.app(), address, ["a", "b"])
+    assert bodies(first, 2) == bodies(second, 2) == ["a", "b"]
 
 
 def test_clients_lists_amqp_apps_with_their_links(gateway: Gateway) -> None:

@@ -155,6 +155,33 @@ def test_outcomes_come_in_order_and_only_accepted_ones_are_collapsed() -> None:
     assert pair.events(pair.client, Settled)
 
 
+def test_in_any_order_no_outcome_waits_for_another() -> None:
+    pair = Pair()
+    sender, receiver = pair.link_to_server()
+    sender.any_order()
+    sender.send([(seq, b"m") for seq in range(10, 18)])
+    pair.run()
+    handles = [handle for handle, _ in pair.received()]
+    receiver.accept([handles[7]])
+    receiver.modify(handles[5], delivery_failed=True)
+    pair.run()
+    assert sender.take_outcomes() == [
+        Outcome(OutcomeKind.MODIFIED, 15, 1, None, None, True),
+        Outcome(OutcomeKind.ACCEPTED, 17),
+    ]
+    assert sender.unsettled == 6
+    receiver.accept([handles[0], handles[1], handles[3]])
+    pair.run()
+    assert sender.take_outcomes() == [Outcome(OutcomeKind.ACCEPTED, 11, 2), Outcome(OutcomeKind.ACCEPTED, 13)]
+    receiver.accept([handles[2], handles[4], handles[6]])
+    pair.run()
+    assert sender.take_outcomes() == [Outcome(OutcomeKind.ACCEPTED, 16, 3)]
+    assert sender.unsettled == 0
+    sender.send([(18, b"m")])
+    pair.run()
+    assert len(pair.received()) == 1
+
+
 def test_the_credit_bounds_what_may_be_sent() -> None:
     pair = Pair()
     sender, receiver = pair.link_to_server(credit=3)

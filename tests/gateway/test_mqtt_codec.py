@@ -313,9 +313,9 @@ REFUSED: list[tuple[str, int, bytes, Reason]] = [
     ("AUTH without a method", V5, raw(0xF0, b"\x18", NO), P),
     ("another protocol", V5, raw(0x10, b"\x00\x04HTTP\x05\x00\x00\x00"), Reason.UNSUPPORTED_PROTOCOL_VERSION),
     (
-        "MQTT 3.1",
+        "before MQTT 3.1",
         V5,
-        raw(0x10, b"\x00\x06MQIsdp\x03\x02\x00\x00", T("c")),
+        raw(0x10, b"\x00\x06MQIsdp\x02\x02\x00\x00", T("c")),
         Reason.UNSUPPORTED_PROTOCOL_VERSION,
     ),
     ("MQTT 6", V5, raw(0x10, b"\x00\x04MQTT\x06\x02\x00\x00", T("c")), Reason.UNSUPPORTED_PROTOCOL_VERSION),

@@ -100,6 +100,17 @@ def test_accepted_leaves_only_after_the_commit_and_in_order(bench: Bench) -> Non
     assert [decode(body).body for _, body in bench.stored()] == [b"a", b"b", b"c"]
 
 
+def test_a_message_without_any_address_is_told_so(bench: Bench) -> None:
+    bench.incoming.topic = None
+    bench.send(encode(b"a"))
+    bench.wire.run()
+    [outcome] = bench.wire.sender.take_outcomes()
+    assert (outcome.condition, outcome.description) == (
+        "amqp:not-found",
+        "the link has no address, and neither has the message (`to`)",
+    )
+
+
 def test_an_app_may_use_a_message_id_as_often_as_it_likes(bench: Bench) -> None:
     bench.send(encode(b"a", message_id="1"), encode(b"b", message_id="1"))
     bench.commit()

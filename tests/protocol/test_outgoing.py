@@ -174,6 +174,71 @@ def test_a_queues_released_message_is_offered_to_the_others_at_once(bench: Bench
     assert other.text() == "a"
 
 
+@pytest.mark.parametrize("answer_while_attached", [True, False])
+def test_what_was_accepted_behind_a_message_without_an_answer_is_not_handed_out_again(
+    bench: Bench, answer_while_attached: bool
+) -> None:
+    queue = bench.directory.queue("cab")
+    app = App(bench, queue)
+    bench.put("abcdef")
+    (a, *_), (b, *_), (_, *_), (d, *_), (e, *_), (_, *_) = app.take()
+    app.wire.receiver.accept([a, b])
+    app.wire.receiver.accept([e, d])
+    if answer_while_attached:
+        app.take()
+        assert app.wire.sender.unsettled == 2
+    app.wire.receiver.close()
+    app.wire.run()
+    app.out.end()
+    assert app.out.settled == 4
+    assert App(bench, queue).text() == "cf"
+
+
+def test_each_answer_is_about_the_message_it_names_in_whatever_order_they_come(bench: Bench) -> None:
+    queue = bench.directory.queue("cab")
+    app = App(bench, queue)
+    bench.put("abcdef")
+    (a, *_), (b, *_), (c, *_), (d, *_), (e, *_), (f, *_) = app.take()
+    app.wire.receiver.reject(d, "app:odd", "no idea")
+    app.take()
+    assert bench.rows("dead", "seq, condition") == [(4, "app:odd")]
+    app.wire.receiver.accept([f, b])
+    app.take()
+    app.wire.receiver.modify(e, delivery_failed=True)
+    app.take()
+    app.wire.receiver.accept([a])
+    assert [(payload, count) for _, payload, count in app.take(NOW + RESEND_S_MIN)] == [("e", 1)]
+    app.wire.receiver.accept([c])
+    app.take()
+    [group] = queue.groups.values()
+    assert group.cursor.position == 5
+
+
+def test_one_message_without_an_answer_does_not_end_the_window_for_the_others(bench: Bench) -> None:
+    app = App(bench, bench.directory.queue("cab"), credit=2, window=2)
+    bench.put("abcdef")
+    [_, (b, *_)] = app.take()
+    app.wire.receiver.accept([b])
+    app.wire.receiver.topup(2)
+    got = []
+    for _ in range(4):
+        [(handle, payload, _)] = app.take()
+        got.append(payload)
+        app.wire.receiver.accept([handle])
+        app.wire.receiver.topup(2)
+    assert got == ["c", "d", "e", "f"]
+
+
+def test_a_receiver_with_a_place_of_its_own_may_keep_a_message_as_long_as_it_likes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "GROUP_AHEAD_MAX", 3)
+    app = App(bench, bench.directory.volatile("cab", "app", "link"))
+    bench.put("abcd")
+    assert app.text() == "abc"
+    assert not app.out.stuck(NOW + 2 * STUCK_S_MAX)
+
+
 def test_an_answer_in_the_same_breath_as_the_detach_counts(bench: Bench) -> None:
     source = bench.directory.subscribe("app", "sub", None, "cab").source
     app = App(bench, source)
@@ -368,9 +433,10 @@ def test_the_directorys_limits_say_which_they_are(bench: Bench, monkeypatch: pyt
 
 
 def test_a_reply_address_ends_with_its_cursor(bench: Bench) -> None:
-    place = bench.directory.open_reply("me", "token")
-    assert bench.directory.reply("$lineside/reply/token") == ("me", place)
+    reply = bench.directory.open_reply("me", "token")
+    assert bench.directory.reply("$lineside/reply/token") is reply
+    assert reply.owner == "me"
     assert set(bench.streams["local"].cursors) == {"reply:token"}
-    bench.directory.close_reply(place.filter)
-    assert bench.directory.reply(place.filter) is None
+    bench.directory.close_reply(reply.topic)
+    assert bench.directory.reply(reply.topic) is None
     assert bench.streams["local"].cursors == {}
