@@ -55,6 +55,7 @@ REMAINING_LENGTH_MAX = 268_435_455
 TEXT_MAX_BYTES = 65_535
 # Kept of one SUBSCRIBE: as many as a session may have. Those beyond are read and counted, and take no memory.
 FILTERS_MAX = 10_000
+SPOKEN = "only MQTT 3.1.1 and 5.0 are spoken here"
 
 
 def _malformed(text: str) -> MqttError:
@@ -295,11 +296,14 @@ def _reason(reader: _Reader, allowed: frozenset[int]) -> int:
     return reason
 
 
+_MQTT_31 = b"\x00\x06MQIsdp\x03"  # before its standard
+
+
 def protocol_level(body: bytes) -> int | None:
     """The protocol level a CONNECT's body claims, None if it isn't MQTT's. Whatever else it holds may be wrong."""
     if body[:6] == b"\x00\x04MQTT" and len(body) > 6:
         return body[6]
-    if body[:8] == b"\x00\x06MQIsdp":  # 3.1, before its standard
+    if body[:8] == _MQTT_31[:8]:
         return 3
     return None
 
@@ -308,9 +312,14 @@ def _read_connect(first: int, reader: _Reader, version: int) -> Connect:
     level = protocol_level(reader.data)
     if level is None:
         raise MqttError(Reason.UNSUPPORTED_PROTOCOL_VERSION, "the protocol name is not MQTT")
-    if level not in (V3, V5):
-        raise MqttError(Reason.UNSUPPORTED_PROTOCOL_VERSION, "only MQTT 3.1.1 and 5.0 are spoken here")
-    reader.take(7)
+    spoken = level in (V3, V5)
+    if spoken:
+        reader.take(7)
+    elif reader.data.startswith(_MQTT_31):
+        reader.take(len(_MQTT_31))
+        level = V3
+    else:
+        raise MqttError(Reason.UNSUPPORTED_PROTOCOL_VERSION, SPOKEN)
     flags = reader.u8()
     if flags & 1:
         raise _malformed("CONNECT's reserved flag is set")  # MQTT-3.1.2-3
@@ -330,7 +339,7 @@ def _read_connect(first: int, reader: _Reader, version: int) -> Connect:
     username = reader.text() if flags & 0x80 else None
     password = reader.binary() if flags & 0x40 else None
     _end(reader)
-    return Connect(level, client_id, bool(flags & 2), keep_alive, username, password, will, properties)
+    return Connect(level, client_id, bool(flags & 2), keep_alive, username, password, will, properties, spoken)
 
 
 def _read_connack(first: int, reader: _Reader, version: int) -> Connack:

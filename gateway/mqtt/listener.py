@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
 from gateway.broker import Broker
-from gateway.mqtt.codec import PropertiesCache, TopicCache
+from gateway.mqtt.codec import SPOKEN, PropertiesCache, TopicCache
 from gateway.mqtt.connection import Limits, ServerConnection, TooLargeForPeer
 from gateway.mqtt.delivery import Delivery
 from gateway.mqtt.events import (
@@ -755,6 +755,10 @@ class Client(asyncio.Protocol):
         assigned = None if connect.client_id else known
         client_id = connect.client_id or assigned or ""
         if not self._admitted(connect, client_id):
+            return
+        if not connect.spoken:
+            log.warning("client refused", extra=self._who(client=client_id, why=SPOKEN))
+            self._conn.refuse(Reason.UNSUPPORTED_PROTOCOL_VERSION, SPOKEN)
             return
         self._open(connect, client_id, assigned)
 

@@ -213,7 +213,11 @@ class Will:
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """`version` is 4 (3.1.1) or 5; `clean_start` is 3.1.1's Clean Session; `keep_alive` is seconds, 0 for none."""
+    """`version` is 4 (3.1.1) or 5; `clean_start` is 3.1.1's Clean Session; `keep_alive` is seconds, 0 for none.
+
+    `spoken` is False of MQTT 3.1, whose CONNECT reads as 3.1.1's. It is refused, but for its version last: paho for Go
+    falls back to 3.1 whatever it was refused for, and tells its user the reason that it hears then.
+    """
 
     version: int
     client_id: str
@@ -223,6 +227,7 @@ class Connect:
     password: bytes | None = None
     will: Will | None = None
     properties: ConnectProperties = ConnectProperties()
+    spoken: bool = True
 
     def __repr__(self) -> str:  # a password has no place in a log
         return f"Connect(version={self.version}, client_id={self.client_id!r}, clean_start={self.clean_start})"

@@ -348,6 +348,31 @@ def test_with_a_password_file_only_the_right_password_opens(
     play(tmp_path, CLOSED, story, anna=b"secret")
 
 
+def test_who_falls_back_to_3_1_after_a_refusal_hears_the_same_reason_and_of_the_version_only_without_one(
+    tmp_path: Path,
+) -> None:
+    """As paho for Go does, which shows its user the second answer."""
+
+    async def story(bench: Bench) -> None:
+        async def answer(user: str | None, password: bytes | None) -> tuple[int, Packet | None]:
+            peer = Peer(*await asyncio.open_connection("127.0.0.1", bench.port), V3)
+            said = bytearray(codec.encode(Connect(V3, "one", True, 0, user, password), V3))
+            said[1] += 2
+            peer.writer.write(said.replace(b"\x00\x04MQTT\x04", b"\x00\x06MQIsdp\x03"))
+            heard = await peer.hear()
+            assert isinstance(heard, Connack), heard
+            return heard.reason, await peer.hear()
+
+        there = await bench.welcome(version=V3, user="anna", password=b"secret")
+        assert await answer("anna", b"wrong") == (4, None)
+        assert await answer(None, None) == (5, None)
+        assert await answer("anna", b"secret") == (1, None)
+        there.say(Publish("app/x", b"x", 1, packet_id=1))
+        assert isinstance(await there.hear(), Puback), "whom 3.1 would have taken the place of is still there"
+
+    play(tmp_path, CLOSED, story, anna=b"secret")
+
+
 def test_what_is_sent_behind_connect_waits_for_the_password_to_be_checked(tmp_path: Path) -> None:
     async def story(bench: Bench) -> None:
         peer = Peer(*await asyncio.open_connection("127.0.0.1", bench.port), V5)
