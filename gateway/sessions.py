@@ -38,6 +38,15 @@ AHEAD_ROWS_MAX = 4096
 DUE_MAX = 200_000
 
 
+class Arrival:
+    """A message of QoS 2 that came from the client and is not released yet."""
+
+    __slots__ = ("failed",)
+
+    def __init__(self) -> None:
+        self.failed = False  # to be stored
+
+
 class Outlet(Protocol):
     """The client's connection, as far as a session needs it."""
 
@@ -217,7 +226,7 @@ class Session:
         self.needs: Counter[Stream] = Counter()  # how many subscriptions want something of each
         self.groups: dict[str, ShareGroup] = {}
         self.outlet: Outlet | None = None
-        self.incoming: dict[int, None] = {}
+        self.incoming: dict[int, Arrival] = {}
         self.sent: dict[int, Sent] = {}
         self.due: dict[int, Due] = {}
         self.no_local = 0  # how many of them are so
@@ -770,20 +779,18 @@ class Session:
         """Whether a message of QoS 2 is new; then its id is remembered with the commit that holds it."""
         if packet_id in self.incoming:
             return False
-        self.incoming[packet_id] = None
+        self.incoming[packet_id] = Arrival()
         if self.durable:
             self._journal.execute_with_rows(
                 "INSERT OR REPLACE INTO mqtt_incoming VALUES (?, ?)", (self.client_id, packet_id)
             )
         return True
 
-    def has_in(self, packet_ids: Iterable[bytes]) -> bool:
-        """Whether messages of QoS 2 came with these ids, are stored or about to be, and are not released."""
-        return all(int.from_bytes(packet_id, "big") in self.incoming for packet_id in packet_ids)
-
-    def take_back(self, packet_id: int) -> None:
+    def take_back(self, packet_id: int, arrival: Arrival) -> None:
         """Its message was not stored: the client will send it again as a new one."""
-        self.incoming.pop(packet_id, None)
+        arrival.failed = True
+        if self.incoming.get(packet_id) is arrival:
+            del self.incoming[packet_id]
 
     def let_go(self, packet_id: int) -> bool:
         """PUBREL: whether the id was known."""
