@@ -18,7 +18,7 @@ import random
 import socket
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,9 @@ RETAIN_IF_NEW = 1
 # Bad user name or password, not authorized, banned (MQTT 5.0 §3.2.2.2), to which paho also translates 3.1.1's.
 AUTHENTICATION_REASONS = frozenset({0x86, 0x87, 0x8A})
 TAKEN_OVER = 0x8E
+# Unspecified, which is all that 3.1.1 knows, and not authorized (MQTT 5.0 §3.9.3).
+ACCESS_REASONS = frozenset({0x80, 0x87})
+RESUBSCRIBE_S_MIN, RESUBSCRIBE_S_MAX = 1.0, 60.0
 STOOD_S_MIN = 5.0
 GOODBYE_S_MAX = 1.0
 META_KEY = "bridge"
@@ -91,7 +94,11 @@ class Bridge:
         self._packet_bytes_max: int | None = None
         self._fresh_start = False
         self._retained_known = False
-        self._subscribing: int | None = None
+        self._subscribing: tuple[int, Sequence[str]] | None = None  # the packet id, and what it asks for
+        self._refused: list[str] = []
+        self._weak: list[str] = []
+        self._resubscribe_at = 0.0
+        self._resubscribe_s = RESUBSCRIBE_S_MIN
         self._asking: int | None = None
         self._asked_at = 0.0
         self._gone = asyncio.Event()
@@ -332,7 +339,7 @@ class Bridge:
         self, client: Client, _data: Any, packet_id: int, reasons: list[ReasonCode], properties: Properties | None
     ) -> None:
         self._heard += 1
-        if packet_id == self._subscribing:
+        if self._subscribing is not None and packet_id == self._subscribing[0]:
             self._events.append(lambda: self._suback(reasons))
 
     def _on_unsubscribe(
@@ -501,28 +508,54 @@ class Bridge:
     def _subscribe(self, client: Client, before: list[str] | None) -> None:
         """Ask for all topics at every connection: cheap, and right whatever the broker has restored itself from."""
         self._subscribing = self._asking = None
-        five = self.config.version == "5.0"
+        self._refused, self._weak, self._resubscribe_s = [], [], RESUBSCRIBE_S_MIN
         if before is not None and (gone := [topic for topic in before if topic not in self._topics]):
             client.unsubscribe(gone)
-        if not self._topics:
-            self._remember()
-        elif five:
-            options = SubscribeOptions(qos=1, noLocal=True, retainHandling=RETAIN_IF_NEW)
-            _, self._subscribing = client.subscribe([(topic, options) for topic in self._topics])
+        if self._topics:
+            self._ask_for(client, self._topics)
         else:
-            _, self._subscribing = client.subscribe([(topic, 1) for topic in self._topics])
+            self._remember()
+
+    def _ask_for(self, client: Client, topics: Sequence[str]) -> None:
+        if self.config.version == "5.0":
+            options = SubscribeOptions(qos=1, noLocal=True, retainHandling=RETAIN_IF_NEW)
+            _, packet_id = client.subscribe([(topic, options) for topic in topics])
+        else:
+            _, packet_id = client.subscribe([(topic, 1) for topic in topics])
+        self._subscribing = None if packet_id is None else (packet_id, topics)
 
     def _suback(self, reasons: list[ReasonCode]) -> None:
-        refused = [topic for topic, code in zip(self._topics, reasons, strict=False) if code.is_failure]
-        weak = [topic for topic, code in zip(self._topics, reasons, strict=False) if code.value == 0]
-        if refused:
-            self._trouble = f"the broker does not let us read {', '.join(refused)}: allow it in its access rules"
-        elif weak:
-            self._trouble = f"the broker hands out {', '.join(weak)} at QoS 0 only, which a power cut takes"
+        """What is refused is asked for again: rules change, and brokers refuse for reasons that pass (mochi has 0x91,
+        packet identifier in use, where a message of its own has the same)."""
+        if self._subscribing is None:
+            return
+        answers = list(zip(self._subscribing[1], reasons, strict=False))
+        self._subscribing = None
+        refusals = {topic: code for topic, code in answers if code.is_failure}
+        self._refused = list(refusals)
+        self._weak += [topic for topic, code in answers if code.value == 0]
+        before, self._trouble = self._trouble, None
+        if refusals:
+            self._resubscribe_at = self._loop.time() + self._resubscribe_s
+            self._resubscribe_s = min(RESUBSCRIBE_S_MAX, 2 * self._resubscribe_s)
+            self._trouble = f"the broker does not let us read {', '.join(refusals)}: "
+            if all(code.value in ACCESS_REASONS for code in refusals.values()):
+                self._trouble += "allow it in its access rules"
+            else:
+                self._trouble += ", ".join(sorted({str(code) for code in refusals.values()}))
+        elif self._weak:
+            self._trouble = f"the broker hands out {', '.join(self._weak)} at QoS 0 only, which a power cut takes"
         else:
             self._remember()
-        if self._trouble:
+        if self._trouble is None and before is not None:
+            log.info("bridge subscribed", extra={"url": self._url})
+        elif self._trouble != before:
             log.warning("bridge subscribed in part", extra={"url": self._url, "error": self._trouble})
+
+    def _resubscribe(self, client: Client) -> None:
+        due = self._refused and self._subscribing is None and self._loop.time() >= self._resubscribe_at
+        if due and self._state.state is State.UP:
+            self._ask_for(client, self._refused)
 
     def _remembered(self) -> list[str] | None:
         """What our session at this broker is subscribed to, as far as we know; None if we never had one."""
@@ -603,6 +636,7 @@ class Bridge:
                 silent_s = self._loop.time() - self._asked_at
                 if silent_s > self.config.keep_alive_s + self.config.connect_timeout_s:
                     self._abort("the broker does not answer UNSUBSCRIBE")
+            self._resubscribe(client)
             if self._events:
                 self._after()
             elif self._inflow.blocked:

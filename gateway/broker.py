@@ -23,7 +23,7 @@ from gateway.mqtt.tree import FilterTree
 from gateway.replies import Requests
 from gateway.retained import Retained, RetainedStore
 from gateway.routing import Router, filters_overlap, inbound_filter
-from gateway.sessions import Due, Feed, Item, Outlet, SentState, Session, Subscription, Want
+from gateway.sessions import Arrival, Due, Feed, Item, Outlet, SentState, Session, Subscription, Want
 from gateway.shares import ShareGroup
 from gateway.wills import Testament, Wills
 from storeforward.batch import Appended, Batch
@@ -216,7 +216,7 @@ class Broker:
             if stream_id == 0 or stream_id in by_id:
                 self.sessions[client_id].restore(by_id.get(stream_id), seq, packet_id, SentState(state))
         for client_id, packet_id in query("SELECT client_id, packet_id FROM mqtt_incoming"):
-            self.sessions[client_id].incoming[packet_id] = None
+            self.sessions[client_id].incoming[packet_id] = Arrival()
         for client_id, n, topic, qos, identifiers in query(
             "SELECT client_id, n, topic, qos, identifiers FROM mqtt_retained_due ORDER BY client_id, n"
         ):

@@ -38,6 +38,16 @@ AHEAD_ROWS_MAX = 4096
 DUE_MAX = 200_000
 
 
+class Arrival:
+    """A message of QoS 2 that came from the client and is not released yet."""
+
+    __slots__ = ("content", "failed")
+
+    def __init__(self, content: int | None = None) -> None:
+        self.content = content  # a hash of it; None: it came before the daemon's start
+        self.failed = False  # to be stored
+
+
 class Outlet(Protocol):
     """The client's connection, as far as a session needs it."""
 
@@ -217,8 +227,7 @@ class Session:
         self.needs: Counter[Stream] = Counter()  # how many subscriptions want something of each
         self.groups: dict[str, ShareGroup] = {}
         self.outlet: Outlet | None = None
-        # Ids of QoS 2 not released, with a hash of what came under each; None: from before the daemon's start.
-        self.incoming: dict[int, int | None] = {}
+        self.incoming: dict[int, Arrival] = {}
         self.sent: dict[int, Sent] = {}
         self.due: dict[int, Due] = {}
         self.no_local = 0  # how many of them are so
@@ -770,7 +779,7 @@ class Session:
     def take_in(self, packet_id: int, content: int) -> bool:
         """A message of QoS 2 is taken: whether its id is new, which is remembered with the commit that holds it."""
         new = packet_id not in self.incoming
-        self.incoming[packet_id] = content
+        self.incoming[packet_id] = Arrival(content)
         if new and self.durable:
             self._journal.execute_with_rows(
                 "INSERT OR REPLACE INTO mqtt_incoming VALUES (?, ?)", (self.client_id, packet_id)
@@ -783,15 +792,13 @@ class Session:
         Without DUP it must not be one (MQTT-3.3.1-1): mostly it is the first under that id of a client that was
         restarted and has forgotten, and would be lost. But some (rumqttc) do send again so: the content decides.
         """
-        return packet_id in self.incoming and (dup or self.incoming[packet_id] == content)
+        return packet_id in self.incoming and (dup or self.incoming[packet_id].content == content)
 
-    def has_in(self, packet_ids: Iterable[bytes]) -> bool:
-        """Whether messages of QoS 2 came with these ids, are stored or about to be, and are not released."""
-        return all(int.from_bytes(packet_id, "big") in self.incoming for packet_id in packet_ids)
-
-    def take_back(self, packet_id: int) -> None:
+    def take_back(self, packet_id: int, arrival: Arrival) -> None:
         """Its message was not stored: the client will send it again as a new one."""
-        self.incoming.pop(packet_id, None)
+        arrival.failed = True
+        if self.incoming.get(packet_id) is arrival:
+            del self.incoming[packet_id]
 
     def let_go(self, packet_id: int) -> bool:
         """PUBREL: whether the id was known."""

@@ -219,7 +219,7 @@ class _Link:
 class Sender(_Link):
     """Our sending end. Messages are known by their seq; outcomes come in the order they were sent, unless told else."""
 
-    __slots__ = ("_any_order", "_big_at", "_outcomes", "_queue", "_window", "presettled")
+    __slots__ = ("_any_order", "_big_at", "_drain_asked", "_outcomes", "_queue", "_window", "presettled")
 
     role = Role.SENDER
 
@@ -228,6 +228,7 @@ class Sender(_Link):
         self._window: deque[tuple[int, raw.Pointer]] = deque()
         self._queue: deque[tuple[int, bytes]] = deque()  # behind, and with, a large message being fed
         self._big_at = 0
+        self._drain_asked = False  # by a flow that is not answered yet
         self._outcomes: list[Outcome] = []
         self.presettled = False
         self._any_order = False
@@ -255,8 +256,8 @@ class Sender(_Link):
 
     @property
     def draining(self) -> bool:
-        """The peer wants its credit used or given back: send what there is, then call drained()."""
-        return self._usable and raw.draining(self._pointer)
+        """The peer wants its credit used or given back: send what there is, then call drained(), once for each ask."""
+        return self._drain_asked and self._usable
 
     @property
     def unsettled(self) -> int:
@@ -364,9 +365,10 @@ class Sender(_Link):
             self._engine._outcomes_ready(self)
 
     def drained(self) -> int:
-        """Nothing more to send now: give the rest of the credit back. Returns how much that was."""
+        """Nothing more to send now: give the rest of the credit back, if any. Returns how much that was."""
         if not self.draining or self._queue:
             return 0
+        self._drain_asked = False
         given_back = raw.drained(self._pointer)
         self._engine._produced()
         return given_back
@@ -590,7 +592,9 @@ class Engine:
         self._sessions: dict[raw.Pointer, Session] = {}
         self._reported: set[Sender | Receiver] = set()  # closed by us for cause, and said so already
         self._touched: dict[raw.Pointer, int] = {}
+        self._flowed: set[raw.Pointer] = set()
         self._counting = False  # a sender takes outcomes in any order
+        self._hearing = False  # what proton tells comes from the peer, not from what we send
         self._feeding: dict[Sender, None] = {}  # with a large message on its way
         self._events: list[Event] = []
         self._failed = False
@@ -747,8 +751,10 @@ class Engine:
         if data and self._layer_up and not self._header_seen:
             data = self._recv_header(data)
         if data and not self._failed:
+            self._hearing = True
             raw.push(self._transport, data)
             self._drain(now)
+            self._hearing = False
             if not self._failed and not self._closed_there and not raw.listening(self._transport):
                 # At a frame whose performative it cannot read, proton stops listening and tells nobody.
                 self._fail(FRAMING_ERROR, "malformed frame")
@@ -890,7 +896,7 @@ class Engine:
     def _drain(self, now: float | None) -> None:
         """Turn proton's events into ours."""
         while not self._lost:
-            control = raw.next_control(self._collector, self._touched, self._counting)
+            control = raw.next_control(self._collector, self._touched, self._flowed, self._counting)
             if self._touched:
                 self._resolve()
             if control is None:
@@ -902,6 +908,7 @@ class Engine:
 
     def _resolve(self) -> None:
         touched, self._touched = self._touched, {}
+        flowed, self._flowed = self._flowed, set()
         for pointer, news in touched.items():
             link = self._links.get(pointer)
             if link is None:
@@ -909,6 +916,8 @@ class Engine:
             if type(link) is Receiver:
                 link._pull(self._events)
             elif type(link) is Sender:
+                if self._hearing and pointer in flowed:
+                    link._drain_asked = raw.draining(pointer)
                 if link._collect(news):
                     self._outcomes_ready(link)
                 if link.capacity > 0 or link.draining or link.feeding:

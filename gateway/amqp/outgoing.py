@@ -105,7 +105,8 @@ class Outgoing:
                 link.drained()
                 return
             self._resend_at = None
-        if self._send(link, now) and link.draining and not self.again:
+        all_gone = self._send(link, now) and not self.again
+        if link.draining and (all_gone or not link.credit or link.unsettled >= self.window):
             link.drained()
 
     # ------------------------------------------------------------------ answers

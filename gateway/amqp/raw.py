@@ -12,8 +12,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import cproton_ffi
 from cproton_ffi import ffi, lib
 
 Pointer = Any  # an opaque C pointer: may be compared, hashed, and handed back
@@ -29,7 +31,6 @@ EVENT_LINK_REMOTE_DETACH: int = lib.PN_LINK_REMOTE_DETACH
 EVENT_TRANSPORT_ERROR: int = lib.PN_TRANSPORT_ERROR
 _DELIVERY: int = lib.PN_DELIVERY
 _LINK_FLOW: int = lib.PN_LINK_FLOW
-_HOT_EVENTS = frozenset((_DELIVERY, _LINK_FLOW))
 
 # The rare events, and how to find what they are about.
 _CONTEXT_OF: dict[int, Callable[[Pointer], Pointer]] = {
@@ -163,23 +164,26 @@ def tick(transport: Any, now_ms: int) -> int:
 # ------------------------------------------------------------------------------------------------ events
 
 
-def next_control(collector: Any, touched: dict[Pointer, int], counting: bool) -> tuple[int, Pointer] | None:
+def next_control(
+    collector: Any, touched: dict[Pointer, int], flowed: set[Pointer], counting: bool
+) -> tuple[int, Pointer] | None:
     """Take events up to and with the next rare one: (its type, the link or session it is about); None at the end.
 
     Links with deliveries or credit are only put into `touched`, in this order, once however many events they had;
-    `counting`: with how many deliveries had news.
+    `counting`: with how many deliveries had news. Those with credit among them are put into `flowed`, too.
     """
     impl = collector._impl
     peek, pop, event_type = lib.pn_collector_peek, lib.pn_collector_pop, lib.pn_event_type
     event_link = lib.pn_event_link
     while event := peek(impl):
         kind = event_type(event)
-        if kind in _HOT_EVENTS:
-            if counting:
-                link = event_link(event)
-                touched[link] = touched.get(link, 0) + (kind == _DELIVERY)
-            else:
-                touched[event_link(event)] = 0
+        if kind == _DELIVERY:
+            link = event_link(event)
+            touched[link] = touched.get(link, 0) + 1 if counting else 0
+        elif kind == _LINK_FLOW:
+            link = event_link(event)
+            touched.setdefault(link, 0)
+            flowed.add(link)
         elif kind in _CONTEXT_OF:
             about = _CONTEXT_OF[kind](event)
             pop(impl)
@@ -200,9 +204,27 @@ def draining(link: Pointer) -> bool:
     return bool(lib.pn_link_get_drain(link))
 
 
+def _without_assertions(code: bytes) -> bool:
+    """Whether this is proton's library, and built as Python's own flags have it: with NDEBUG."""
+    return b"no such handle: %u" in code and b"__assert_fail" not in code
+
+
+_MAY_FLOW_AS_SENDER = _without_assertions(Path(cproton_ffi.__file__).read_bytes())
+
+
 def drained(link: Pointer) -> int:
-    value: int = lib.pn_link_drained(link)
-    return value
+    """Give a draining peer the rest of its credit back, with a flow that says so: how much it was.
+
+    The peer waits for that flow also where no credit is left (part 2.6.7), but proton writes none then. What makes it
+    is one credit that only proton's own count has, never the link's state: pn_link_drained() takes it away again, and
+    the flow has the delivery-count and credit that are true. pn_link_flow() does to a sender's count what it does to a
+    receiver's, once its assertion that there is none is compiled out; a library that still has it gives no such answer.
+    """
+    given_back: int = lib.pn_link_drained(link)
+    if not given_back and _MAY_FLOW_AS_SENDER and lib.pn_link_credit(link) == 0:
+        lib.pn_link_flow(link, 1)
+        lib.pn_link_drained(link)
+    return given_back
 
 
 def outgoing_bytes(link: Pointer) -> int:

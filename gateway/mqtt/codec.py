@@ -303,7 +303,7 @@ def protocol_level(body: bytes) -> int | None:
     """The protocol level a CONNECT's body claims, None if it isn't MQTT's. Whatever else it holds may be wrong."""
     if body[:6] == b"\x00\x04MQTT" and len(body) > 6:
         return body[6]
-    if body[:8] == b"\x00\x06MQIsdp":  # 3.1, before its standard
+    if body[:8] == _LEGACY[:8]:
         return 3
     return None
 

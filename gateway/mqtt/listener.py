@@ -38,7 +38,7 @@ from gateway.mqtt.events import Message as Published
 from gateway.mqtt.mapping import Encoders
 from gateway.mqtt.packets import V5, Connect, PublishProperties, Reason, Subscribe, Unsubscribe
 from gateway.mqtt.topics import check_filter, filter_matches
-from gateway.sessions import Session
+from gateway.sessions import Arrival, Session
 from gateway.slices import Looked, Slices
 from gateway.transports import peer_name, source_of
 from gateway.turns import Account, Turns
@@ -76,27 +76,27 @@ class Kick(Protocol):
 class _Answer:
     """What a batch's messages are answered in their turn (MQTT 5.0 §4.6): PUBREC, or a PUBACK that refuses.
 
-    `session`: whose ids of QoS 2 these are, where they were taken. `repeat`: of a message that was staged before, with
-    an earlier batch, and whose fate is that batch's.
+    `session`: whose id of QoS 2 this is, where it was taken, with its `arrival`. `repeat`: of a message that was staged
+    before, with an earlier batch, and whose fate is that batch's.
     """
 
     packet_ids: list[bytes]
     qos: int
     reason: int = 0
     session: Session | None = None
+    arrival: Arrival | None = None
     repeat: bool = False
 
     def give(self, conn: ServerConnection) -> None:
         reason = self.reason
-        if self.repeat and self.session is not None and not self.session.has_in(self.packet_ids):
-            reason = Reason.QUOTA_EXCEEDED  # the commit of the first one failed
+        if self.repeat and self.arrival is not None and self.arrival.failed:
+            reason = Reason.QUOTA_EXCEEDED
         (conn.pubrec if self.qos == 2 else conn.puback)(self.packet_ids, reason)
 
     def take_back(self) -> None:
-        """The ids were taken with a batch that failed, even if their client is gone meanwhile."""
-        if self.session is not None and self.qos == 2 and not self.reason:
-            for packet_id in self.packet_ids:
-                self.session.take_back(int.from_bytes(packet_id, "big"))
+        """The id was taken with a batch that failed, even if its client is gone meanwhile."""
+        if self.session is not None and self.arrival is not None:
+            self.session.take_back(int.from_bytes(self.packet_ids[0], "big"), self.arrival)
 
 
 class MqttListener:
@@ -593,7 +593,8 @@ class Client(asyncio.Protocol):
         if before:
             self._journal.wait(self, before.copy())
             before.clear()
-        answer = _Answer(packet_ids, qos, reason, session, repeat)
+        arrival = None if session is None else session.incoming[int.from_bytes(packet_ids[0], "big")]
+        answer = _Answer(packet_ids, qos, reason, session, arrival, repeat)
         if reason and not repeat:
             self._journal.tell(self, answer)  # nothing is staged for it
         else:

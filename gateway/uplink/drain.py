@@ -179,7 +179,7 @@ class Drain:
             size = 0
         else:
             size = self._send(link, now, bytes_max, position)
-            if link.draining and not size and self._next >= self.stream.committed:
+            if link.draining and not size and (self._next >= self.stream.committed or not link.credit):
                 link.drained()
         self._move_cursor(link)
         return size
@@ -198,7 +198,7 @@ class Drain:
             self._next, self._resend_from = self._resend_from, None
         if self._resend_from is None and not self.paused and not self._shared:
             self._send(link, now, None, 0)
-            if link.draining and self._next >= self.stream.committed:
+            if link.draining and (self._next >= self.stream.committed or not link.credit):
                 link.drained()
         self._move_cursor(link)
         return moved

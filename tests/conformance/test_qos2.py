@@ -34,6 +34,21 @@ def test_a_message_sent_twice_before_its_pubrel_is_delivered_once(version: int, 
     listener.message(b"marker")
 
 
+def test_a_message_sent_twice_whose_pubrel_follows_at_once_is_acknowledged_both_times(
+    version: int, join: Connector
+) -> None:
+    """As from a client that sends again after some time, just when the first PUBREC is on its way to it."""
+    (listener, topic), speaker = listening(version, join, "late/"), join(version)
+    speaker.say(mqtt.publish(version, topic, b"once", 2, 5))
+    speaker.expect(mqtt.PUBREC, packet_id=5, reason=0)
+    speaker.say(mqtt.publish(version, topic, b"once", 2, 5, dup=True), mqtt.ack(mqtt.PUBREL, 5))
+    speaker.expect(mqtt.PUBREC, packet_id=5, reason=0)
+    speaker.expect(mqtt.PUBCOMP, packet_id=5, reason=0)
+    speaker.publish(topic, b"marker", 1)
+    listener.message(b"once")
+    listener.message(b"marker")
+
+
 def test_after_pubcomp_the_same_identifier_is_a_new_message(version: int, join: Connector) -> None:
     (listener, topic), speaker = listening(version, join, "reuse/"), join(version)
     for n, dup in enumerate((False, False, True)):

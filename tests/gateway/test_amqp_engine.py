@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import struct
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import proton
 import pytest
@@ -824,3 +824,105 @@ def test_sessions_that_end_before_anybody_reads_that_have_an_end_too() -> None:
     while engine.data_to_send():
         pass
     assert engine.finished
+
+
+class BareReceiver:
+    """A receiver that speaks in frames and so may send flows that proton's receiver never would."""
+
+    def __init__(self) -> None:
+        self.engine = Engine(server=True, container="depot")
+        opening = attacks.open_frame("app"), attacks.begin(), attacks.attach(3, "sub", receiver=True)
+        [attached] = [event for event in self.hears(AMQP_HEADER, *opening) if isinstance(event, LinkAttached)]
+        assert isinstance(attached.link, Sender)
+        self.sender = attached.link
+        self.engine.open()
+        self.sender.confirm()
+        self.flows()
+
+    def hears(self, *frames: bytes) -> list[Event]:
+        return self.engine.receive(b"".join(frames), NOW)
+
+    def flow(self, link_credit: int, *, drain: bool, count: int = 0) -> list[Event]:
+        session = [attacks.uint(n) for n in (0, 1000, 0, 1000)]
+        link = [attacks.uint(n) for n in (3, count, link_credit)]
+        return self.hears(attacks.frame(attacks.FLOW, *session, *link, attacks.NULL, b"\x41" if drain else b"\x42"))
+
+    def flows(self) -> list[list[Any]]:
+        """The fields of every flow that was sent since the last call."""
+        out, sent = self.engine.data_to_send().removeprefix(AMQP_HEADER), []
+        while out:
+            size = int.from_bytes(out[:4], "big")
+            data = proton.Data()
+            data.decode(out[8:size])  # what follows a transfer's performative is its message
+            data.next()
+            performative = data.get_py_described()
+            if performative.descriptor == attacks.FLOW:
+                sent.append(performative.value)
+            out = out[size:]
+        return sent
+
+
+WINDOW = (
+    2**31 - 1
+)  # a flow's fields: next-incoming-id, this, next-outgoing-id, this, handle, delivery-count, link-credit, …
+
+
+def test_a_drain_without_credit_is_answered_each_time_and_once() -> None:
+    app = BareReceiver()
+    for _ in range(2):
+        assert Credit(app.sender) in app.flow(0, drain=True)
+        assert app.sender.draining
+        assert app.sender.drained() == 0
+        assert app.flows() == [[0, WINDOW, 0, WINDOW, 0, 0, 0, None, True]]
+        assert not app.sender.draining
+        app.sender.drained()
+        assert app.flows() == []
+    app.flow(2, drain=False)
+    assert app.sender.credit == 2
+    app.sender.send([(1, b"m"), (2, b"m")])
+    assert app.flows() == []
+    assert app.sender.credit == 0
+    assert not app.sender.draining
+
+
+def test_a_drain_that_takes_back_credit_is_answered_and_later_credit_counts_from_there() -> None:
+    app = BareReceiver()
+    app.flow(10, drain=False)
+    app.sender.send([(1, b"m")])
+    assert app.flows() == []
+    app.flow(0, drain=True, count=1)
+    app.sender.drained()
+    assert [flow[2:] for flow in app.flows()] == [[1, WINDOW, 0, 1, 0, None, True]]
+    app.flow(3, drain=False, count=1)
+    assert app.sender.credit == 3
+
+
+def test_a_drain_whose_credit_is_used_up_is_answered_behind_the_last_message() -> None:
+    app = BareReceiver()
+    app.flow(2, drain=True)
+    app.sender.send([(1, b"m"), (2, b"m")])
+    assert app.sender.drained() == 0
+    assert [flow[2:] for flow in app.flows()] == [[2, WINDOW, 0, 2, 0, None, True]]
+    app.flow(1, drain=False, count=2)
+    assert app.sender.credit == 1
+
+
+def test_an_answer_to_a_message_asks_for_no_second_end_of_a_drain() -> None:
+    app = BareReceiver()
+    app.flow(1, drain=True)
+    app.sender.send([(1, b"m")])
+    app.sender.drained()
+    assert len(app.flows()) == 1
+    app.hears(
+        attacks.frame(0x15, attacks.TRUE, attacks.uint(0), attacks.uint(0), attacks.TRUE, attacks.described(0x24))
+    )
+    assert [outcome.seq for outcome in app.sender.take_outcomes()] == [1]
+    assert not app.sender.draining
+    assert app.sender.drained() == 0
+    assert app.flows() == []
+
+
+def test_a_library_with_assertions_is_known_by_its_code() -> None:
+    assert raw._without_assertions(b"..no such handle: %u..")
+    assert not raw._without_assertions(b"..no such handle: %u..__assert_fail..")
+    assert not raw._without_assertions(b"only a binding to proton's library, which is elsewhere")

@@ -318,6 +318,12 @@ REFUSED: list[tuple[str, int, bytes, Reason]] = [
         raw(0x10, b"\x00\x06MQIsdp\x02\x02\x00\x00", T("c")),
         Reason.UNSUPPORTED_PROTOCOL_VERSION,
     ),
+    (
+        "MQTT 3.1 of a bridge",
+        V5,
+        raw(0x10, b"\x00\x06MQIsdp\x83\x02\x00\x00", T("c")),
+        Reason.UNSUPPORTED_PROTOCOL_VERSION,
+    ),
     ("MQTT 6", V5, raw(0x10, b"\x00\x04MQTT\x06\x02\x00\x00", T("c")), Reason.UNSUPPORTED_PROTOCOL_VERSION),
     ("reserved connect flag", V5, raw(0x10, V5_HEAD, b"\x01\x00\x00", NO, T("c")), M),
     ("will QoS 3", V5, raw(0x10, V5_HEAD, b"\x1c\x00\x00", NO, T("c"), NO, T("w"), T("")), M),
@@ -360,6 +366,7 @@ def test_what_looks_odd_but_is_allowed_is_accepted() -> None:
     # 5.0 refuses an ill-formed filter in its own place of the SUBACK, §3.9.3
     assert decode(raw(0x82, ID, NO, T("a/#/b"), b"\x00"), V5) == Subscribe(1, (Subscription("a/#/b"),))
     assert decode(raw(0x10, V3_HEAD, b"\x02\x00\x00", T("")), V3) == Connect(V3, "")
+    assert decode(raw(0x10, b"\x00\x06MQIsdp\x03\x02\x00\x00", T("c")), V3) == Connect(V3, "c", legacy=True)
 
 
 def test_the_error_and_the_connect_show_no_secret() -> None:

@@ -105,6 +105,17 @@ def test_the_cursor_moves_only_over_what_is_accepted_without_a_gap(bench: Bench)
     assert bench.cursor.durable == 5
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_hub_that_wants_its_credit_back_is_answered_though_a_backlog_waits(bench: Bench, shared: bool) -> None:
+    bench.attach(credit=0, shared=shared).put(*"abc")
+    bench.wire.receiver._link.drain(0)
+    bench.wire.run()
+    assert bench.wire.sender.draining
+    bench.wake()
+    bench.drain.send(NOW, 1000)
+    assert not bench.wire.sender.draining
+
+
 def test_after_a_release_the_window_empties_and_what_was_not_accepted_goes_again_in_order(bench: Bench) -> None:
     bench.attach().put(*"abcdef")
     (a, _), (b, _), (c, _), (d, _), (e, _), (f, _) = bench.wake()

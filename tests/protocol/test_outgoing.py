@@ -119,6 +119,24 @@ def test_no_streams_backlog_keeps_another_stream_waiting(bench: Bench) -> None:
     assert {c.isdigit() for _, c, _ in first + app.take()} == {True, False}
 
 
+def test_a_drain_is_answered_though_messages_wait_where_no_credit_or_no_room_is_left(bench: Bench) -> None:
+    bench.directory.configure((Rule("jobs", Kind.QUEUE),))
+    bench.put("abc", "jobs")
+    without = App(bench, bench.directory.queue("jobs"), credit=0)
+    without.wire.receiver._link.drain(0)
+    without.wire.run()
+    assert without.wire.sender.draining
+    without.out.wake(NOW)
+    assert not without.wire.sender.draining
+    slow = App(bench, bench.directory.queue("jobs"), credit=10, window=2)
+    assert slow.text() == "ab"
+    slow.wire.receiver._link.drain(0)
+    slow.wire.run()
+    slow.out.wake(NOW)
+    slow.wire.run()
+    assert slow.wire.receiver._link.credit == 0
+
+
 def test_accepted_moves_the_durable_cursor_over_what_has_no_gap(bench: Bench) -> None:
     source = bench.directory.subscribe("app", "sub", None, "cab").source
     app = App(bench, source)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.mqtt.packets import V3, V5, Disconnect, DisconnectProperties
+from gateway.mqtt.packets import V3, V5, Disconnect, DisconnectProperties, Publish, Pubrec
 from gateway.sessions import AHEAD_ROWS_MAX, PUMP_ROWS_MAX
 from tests.simulation.mqtt_model import Client
 from tests.simulation.mqtt_world import World
@@ -157,6 +157,26 @@ def test_a_qos_2_message_that_is_stored_stays_so_when_the_commit_of_its_repeat_f
     assert message is not None
     assert message.acked_at is not None
     assert payloads(sub) == [message.payload]
+
+
+def test_a_repeat_of_a_qos_2_message_shares_the_fate_of_the_first_whose_commit_failed(story: Story) -> None:
+    sub = story.client("sub")
+    sub.subscribe([("a/#", 2)])
+    pub = story.client("pub")
+    story.exchange()
+    message = pub.publish("a/x", 2, False)
+    assert message is not None
+    [number] = pub.out
+    arrive(pub)
+    story.world.begin()
+    assert pub.wire is not None
+    pub.wire.send(Publish("a/x", message.payload, 2, False, True, number))
+    arrive(pub)
+    story.world.fail(no_space=False)
+    story.world.commit_all()
+    heard = [packet for packet in pub.wire.to_client if isinstance(packet, Pubrec)]
+    assert [(each.packet_id, each.reason >= 0x80) for each in heard] == [(number, True), (number, True)]
+    assert payloads(sub) == []
 
 
 def test_what_is_committed_together_with_a_client_s_return_is_sent_to_it(story: Story) -> None:
