@@ -798,8 +798,7 @@ class Engine:
             if self._unnamed is not None:
                 self._take_ahead()
             if not self._ahead:
-                # A flow that takes credit back would keep in proton what was sent within it.
-                self._ahead = raw.output(self._transport, AHEAD_BYTES_MAX)
+                self._run_ahead()
             self._drain(None)
             self._hearing = True
             raw.push(self._transport, data)
@@ -899,6 +898,19 @@ class Engine:
                     self._unnamed._handle = int(fields[1])
             self._unnamed = None
         return taken
+
+    def _run_ahead(self) -> None:
+        """Before the peer is heard: a flow that takes credit back would hold in proton what was sent within it."""
+        self._ahead = raw.output(self._transport, AHEAD_BYTES_MAX)
+        held = sum(map(len, self._ahead))
+        for sender in self._feeding:
+            while sender.feeding and held < AHEAD_BYTES_MAX:
+                sender._feed()
+                taken = raw.output(self._transport, AHEAD_BYTES_MAX)
+                if not taken:
+                    break
+                held += sum(map(len, taken))
+                self._ahead += taken
 
     def _produced(self) -> None:
         self.on_output()

@@ -820,9 +820,9 @@ class BareReceiver:
         link = [attacks.uint(n) for n in (3, count, link_credit)]
         return self.hears(attacks.frame(attacks.FLOW, *session, *link, attacks.NULL, b"\x41" if drain else b"\x42"))
 
-    def flows(self) -> list[list[Any]]:
-        """The fields of every flow of the link that was sent since the last call, and of its session as it says."""
-        out, sent = self.engine.data_to_send().removeprefix(AMQP_HEADER), []
+    def flows(self, begun: bytes = b"") -> list[list[Any]]:
+        """The fields of every flow of a link that was sent since the last call; `begun` was taken already."""
+        out, sent = (begun + self.engine.data_to_send()).removeprefix(AMQP_HEADER), []
         while out:
             size = int.from_bytes(out[:4], "big")
             data = proton.Data()
@@ -868,6 +868,19 @@ def test_a_drain_that_takes_back_credit_is_answered_and_later_credit_counts_from
     assert [flow[2:] for flow in app.flows()] == [[1, WINDOW, 0, 1, 0, None, True]]
     app.flow(3, drain=False, count=1)
     assert app.sender.credit == 3
+
+
+def test_a_large_message_that_has_begun_ends_though_the_credit_is_taken_back_meanwhile() -> None:
+    app = BareReceiver()
+    app.flow(10, drain=False)
+    app.sender.send([(1, b"m" * 1_000_000), (2, b"n")])
+    begun = app.engine.data_to_send(10_000)
+    assert len(begun) < 100_000
+    assert app.sender.feeding
+    app.flow(0, drain=True)
+    app.sender.drained()
+    assert not app.sender.feeding
+    assert [flow[3:] for flow in app.flows(begun)] == [[WINDOW, 0, 2, 0, None, True]]
 
 
 def test_the_answer_to_a_drain_speaks_of_the_link_that_asked() -> None:
