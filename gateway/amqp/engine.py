@@ -11,8 +11,10 @@ Whoever calls a method that makes output has to see that `data_to_send()` is cal
 from __future__ import annotations
 
 import math
+import struct
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -59,6 +61,8 @@ CHUNK_BYTES: Final = 256 << 10
 # Above this, a session has enough to send and its senders show no capacity, whatever the credit.
 OUTGOING_BYTES_MAX: Final = 2 << 20
 OUTPUT_BYTES: Final = 1 << 20
+# Taken from proton before a flow is heard, and kept until it is asked for: what proton holds, as a rule.
+AHEAD_BYTES_MAX: Final = 4 << 20
 FAILED_TO_OPEN: Final = "amqp:connection-establishment-failed"
 
 # What reading a peer's open or attach may raise inside proton's binding.
@@ -79,6 +83,31 @@ _OUTCOME_BY_STATE = {
     raw.MODIFIED: OutcomeKind.MODIFIED,
     0: OutcomeKind.UNKNOWN,
 }
+
+
+ATTACH, FLOW = 0x12, 0x13
+_FLOW_HEAD = bytes((0, 0x53, FLOW))
+
+
+def _frames(data: bytes) -> Iterator[tuple[int, int, list[Any]]]:
+    """The channel, performative and fields of each attach and flow in whole frames of proton's."""
+    at = len(AMQP_HEADER) if data.startswith(AMQP_HEADER) else 0
+    while at < len(data):
+        size, _, _, channel = struct.unpack_from(">IBBH", data, at)
+        if data[at + 8 : at + 10] == b"\x00\x53" and data[at + 10] in (ATTACH, FLOW):
+            performative: Any = proton.Data()
+            performative.decode(data[at + 8 : at + size])
+            performative.next()
+            yield channel, data[at + 10], performative.get_py_described().value
+        at += size
+
+
+def _flow(channel: int, fields: list[int | None]) -> bytes:
+    """A flow of a link that drains (part 2.7.4)."""
+    encoded = b"".join(b"\x40" if field is None else b"\x70" + field.to_bytes(4, "big") for field in fields)
+    encoded += b"\x40\x41"  # available: not said; drain
+    body = b"\x00\x53%c\xd0" % FLOW + struct.pack(">II", len(encoded) + 4, len(fields) + 2) + encoded
+    return struct.pack(">IBBH", len(body) + 8, 2, 0, channel) + body
 
 
 def _condition(name: str | None, description: str | None, info: dict[Any, Any] | None = None) -> Any:
@@ -219,7 +248,17 @@ class _Link:
 class Sender(_Link):
     """Our sending end. Messages are known by their seq; outcomes come in the order they were sent, unless told else."""
 
-    __slots__ = ("_any_order", "_big_at", "_drain_asked", "_outcomes", "_queue", "_window", "presettled")
+    __slots__ = (
+        "_any_order",
+        "_big_at",
+        "_drain_asked",
+        "_handed",
+        "_handle",
+        "_outcomes",
+        "_queue",
+        "_window",
+        "presettled",
+    )
 
     role = Role.SENDER
 
@@ -228,6 +267,8 @@ class Sender(_Link):
         self._window: deque[tuple[int, raw.Pointer]] = deque()
         self._queue: deque[tuple[int, bytes]] = deque()  # behind, and with, a large message being fed
         self._big_at = 0
+        self._handle: int | None = None
+        self._handed = 0  # to proton, or given back as credit: the delivery-count, once proton has sent it all
         self._drain_asked = False  # by a flow that is not answered yet
         self._outcomes: list[Outcome] = []
         self.presettled = False
@@ -307,6 +348,7 @@ class Sender(_Link):
         self._big_at += size
         if self._big_at == len(body):
             raw.send_end(pointer)
+            self._handed += 1
             self._big_at = 0
             self._queue.popleft()
             self._sent()
@@ -326,6 +368,7 @@ class Sender(_Link):
             self._feed()
         else:
             raw.send(self._pointer, batch, self._window)
+            self._handed += len(batch)
             self._sent()
         self._engine._produced()
 
@@ -341,6 +384,7 @@ class Sender(_Link):
                 if held >= OUTGOING_BYTES_MAX:
                     return
                 raw.send(pointer, ((seq, body),), self._window)
+                self._handed += 1
                 queue.popleft()
                 self._sent()
                 continue
@@ -368,10 +412,35 @@ class Sender(_Link):
         """Nothing more to send now: give the rest of the credit back, if any. Returns how much that was."""
         if not self.draining or self._queue:
             return 0
-        self._drain_asked = False
-        given_back = raw.drained(self._pointer)
+        # Below 0 where a flow crossed messages: pn_link_drained() would take that for a great many, and count back.
+        given_back = raw.drained(self._pointer) if raw.credit(self._pointer) > 0 else 0
+        self._handed += given_back
+        self._drain_asked = not given_back and not self._tell_drained()
         self._engine._produced()
         return given_back
+
+    def _tell_drained(self) -> bool:
+        """Write the flow that proton does not: without credit left the peer waits for it all the same (part 2.6.7).
+
+        It goes right behind a flow of the session that proton has just written, and says of the session what that says.
+        Not possible while messages are held back by the session's window: then their end calls for another try.
+        """
+        engine = self._engine
+        engine._take_ahead()
+        if self._handle is None or raw.queued(self._pointer):
+            return False
+        raw.session_flow(self._pointer)
+        for channel, code, fields in _frames(engine._take_ahead()):
+            if code == FLOW and len(fields) == 4:
+                link = [self._handle, self._handed & 0xFFFFFFFF, 0]
+                engine._ahead.append(_flow(channel, [*fields, *link]))
+                return True
+        return False
+
+    def _open(self) -> None:
+        self._engine._take_ahead()
+        super()._open()
+        self._engine._unnamed = self
 
     def take_outcomes(self) -> list[Outcome]:
         """What became known since the last call, in the order sent; a gap is never skipped, except after any_order().
@@ -396,6 +465,7 @@ class Sender(_Link):
             # A large message was settled before its end, rejected most likely: settling it also ended it.
             self._big_at = 0
             self._queue.popleft()
+            self._handed += 1
         return bool(settled)
 
     def _gone(self) -> None:
@@ -594,6 +664,8 @@ class Engine:
         self._touched: dict[raw.Pointer, int] = {}
         self._flowed: set[raw.Pointer] = set()
         self._counting = False  # a sender takes outcomes in any order
+        self._ahead: list[bytes] = []
+        self._unnamed: Sender | None = None  # whose attach is not written yet
         self._hearing = False  # what proton tells comes from the peer, not from what we send
         self._feeding: dict[Sender, None] = {}  # with a large message on its way
         self._events: list[Event] = []
@@ -628,7 +700,7 @@ class Engine:
         return tuple(self._links.values())
 
     def _waiting(self) -> bool:
-        if self._last_words or (self._sasl is not None and self._sasl.outbox):
+        if self._last_words or self._ahead or (self._sasl is not None and self._sasl.outbox):
             return True
         return self._layer_up and not self._lost and raw.pending(self._transport)
 
@@ -751,6 +823,11 @@ class Engine:
         if data and self._layer_up and not self._header_seen:
             data = self._recv_header(data)
         if data and not self._failed:
+            if self._unnamed is not None:
+                self._take_ahead()
+            if self.server and not self._ahead and _FLOW_HEAD in data:
+                self._run_ahead()
+            self._drain(None)
             self._hearing = True
             raw.push(self._transport, data)
             self._drain(now)
@@ -786,6 +863,11 @@ class Engine:
                 sender._feed()
                 if not sender._queue:
                     self._feeding.pop(sender, None)
+            if self._unnamed is not None:
+                self._take_ahead()
+            pieces += self._ahead
+            limit_bytes -= sum(map(len, self._ahead))
+            self._ahead = []
             pieces += raw.output(self._transport, limit_bytes)
             self._drain(None)
             self._ending = 0
@@ -821,12 +903,45 @@ class Engine:
         self._touched.clear()
         self._feeding.clear()
         self._reported.clear()
+        self._ahead.clear()
         self.on_output = lambda: None
         # In this order nothing of proton's keeps anything else of it alive.
         self._transport.unbind()
         self._collector.release()
 
     # -------- within
+
+    def _take_ahead(self) -> bytes:
+        """All that proton has to send, to which frames may be added then: it ends where a frame does.
+
+        The handle of a link of ours, which proton does not tell, is in the attach that goes out.
+        """
+        if not self._layer_up or self._lost:
+            return b""
+        taken = b"".join(raw.output(self._transport, sys.maxsize))
+        self._ahead.append(taken)
+        if self._unnamed is not None:
+            for _, code, fields in _frames(taken):
+                if code == ATTACH and (fields[0], bool(fields[2])) == (self._unnamed.name, False):
+                    self._unnamed._handle = int(fields[1])
+            self._unnamed = None
+        return taken
+
+    def _run_ahead(self) -> None:
+        """Before a flow is heard: one that takes credit back would hold in proton what was sent within it.
+
+        Not at a hub, which has no reason to take credit back: there a large message must not run ahead of an alarm.
+        """
+        self._ahead = raw.output(self._transport, AHEAD_BYTES_MAX)
+        held = sum(map(len, self._ahead))
+        for sender in self._feeding:
+            while sender.feeding and held < AHEAD_BYTES_MAX:
+                sender._feed()
+                taken = raw.output(self._transport, AHEAD_BYTES_MAX)
+                if not taken:
+                    break
+                held += sum(map(len, taken))
+                self._ahead += taken
 
     def _produced(self) -> None:
         self.on_output()

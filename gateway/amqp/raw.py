@@ -12,10 +12,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-import cproton_ffi
 from cproton_ffi import ffi, lib
 
 Pointer = Any  # an opaque C pointer: may be compared, hashed, and handed back
@@ -204,27 +202,22 @@ def draining(link: Pointer) -> bool:
     return bool(lib.pn_link_get_drain(link))
 
 
-def _without_assertions(code: bytes) -> bool:
-    """Whether this is proton's library, and built as Python's own flags have it: with NDEBUG."""
-    return b"no such handle: %u" in code and b"__assert_fail" not in code
-
-
-_MAY_FLOW_AS_SENDER = _without_assertions(Path(cproton_ffi.__file__).read_bytes())
-
-
 def drained(link: Pointer) -> int:
-    """Give a draining peer the rest of its credit back, with a flow that says so: how much it was.
+    """Give a draining peer the rest of its credit back, with a flow that says so: how much. Without any, nothing."""
+    value: int = lib.pn_link_drained(link)
+    return value
 
-    The peer waits for that flow also where no credit is left (part 2.6.7), but proton writes none then. What makes it
-    is one credit that only proton's own count has, never the link's state: pn_link_drained() takes it away again, and
-    the flow has the delivery-count and credit that are true. pn_link_flow() does to a sender's count what it does to a
-    receiver's, once its assertion that there is none is compiled out; a library that still has it gives no such answer.
-    """
-    given_back: int = lib.pn_link_drained(link)
-    if not given_back and _MAY_FLOW_AS_SENDER and lib.pn_link_credit(link) == 0:
-        lib.pn_link_flow(link, 1)
-        lib.pn_link_drained(link)
-    return given_back
+
+def queued(link: Pointer) -> int:
+    """How many messages the transport has not taken yet."""
+    value: int = lib.pn_link_queued(link)
+    return value
+
+
+def session_flow(link: Pointer) -> None:
+    """Have a flow of the link's session written: proton does so whenever its capacity is set, be it to what it is."""
+    session = lib.pn_link_session(link)
+    lib.pn_session_set_incoming_capacity(session, lib.pn_session_get_incoming_capacity(session))
 
 
 def outgoing_bytes(link: Pointer) -> int:
