@@ -116,8 +116,10 @@ class Slices:
             self._again()
 
     def read_out(self) -> None:
-        """Before `end`, of a connection that is not gone: what the peer said while it was not read from counts, too."""
-        self._reads_left = 0 if self._reading else READS_MAX
+        """Before `end`, of a connection that is not gone: what the peer said while it was not read from counts, too. And
+        it may be read from only since a moment ago.
+        """
+        self._reads_left = READS_MAX
 
     def end(self, then: Callable[[], None]) -> None:
         """Nothing more is read. What there is is looked at by turns as before, then `then` is called, once."""
