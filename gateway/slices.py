@@ -116,8 +116,9 @@ class Slices:
             self._again()
 
     def read_out(self) -> None:
-        """Before `end`, of a connection that is not gone: what the peer said while it was not read from counts, too. And
-        it may be read from only since a moment ago.
+        """Before `end`, of a connection that is not gone: what the peer said while it was not read from counts, too.
+
+        It may be read from again only since a moment ago.
         """
         self._reads_left = READS_MAX
 
