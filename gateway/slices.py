@@ -27,6 +27,7 @@ DEAR_S: Final = PORTION_S / 10  # what costs less makes nobody dear
 # Of what a peer goes on to say after our last words: more than the socket buffers at both ends hold.
 DISCARDED_BYTES_MAX: Final = 16 << 20
 LINGER_S: Final = 2.0
+READS_MAX: Final = 16  # of what lies in the socket at the end: with 256 KB each, about what fits in there
 
 
 class Looked(NamedTuple):
@@ -78,6 +79,7 @@ class Slices:
         self._reading = True
         self._over = False
         self._then: Callable[[], None] | None = None
+        self._reads_left = 0
         self._discarded_bytes = 0
 
     @property
@@ -112,6 +114,13 @@ class Slices:
         self._held = False
         if not (self._waits or self._looking):
             self._again()
+
+    def read_out(self) -> None:
+        """Before `end`, of a connection that is not gone: what the peer said while it was not read from counts, too.
+
+        It may be read from again only since a moment ago.
+        """
+        self._reads_left = READS_MAX
 
     def end(self, then: Callable[[], None]) -> None:
         """Nothing more is read. What there is is looked at by turns as before, then `then` is called, once."""
@@ -174,6 +183,8 @@ class Slices:
         if not self._rest:
             if self._then is None:
                 self._read(True)
+            elif self._reads_left and not (self._over or self._transport.is_closing()):
+                self._read_once()
             else:
                 self._finish(self._then)
             return
@@ -188,6 +199,18 @@ class Slices:
             self._loop.call_later(self._took_s, self._again)
         else:
             self._loop.call_soon(self._again)
+
+    def _read_once(self) -> None:
+        self._waits = self._reading = True
+        self._transport.resume_reading()
+        self._loop.call_soon(self._loop.call_soon, self._read_back)  # the selector is asked in between
+
+    def _read_back(self) -> None:
+        if not self._transport.is_closing():
+            self._reading = False
+            self._transport.pause_reading()
+        self._reads_left = self._reads_left - 1 if self._rest else 0
+        self._again()
 
     def _finish(self, then: Callable[[], None]) -> None:
         self._over, self._then = True, None

@@ -73,8 +73,8 @@ class AmqpProtocol(asyncio.Protocol):
         self._timer_at = math.inf
         self._close_timer: asyncio.TimerHandle | None = None
         self._flush_scheduled = False
-        self._gone = False  # the connection is, and
-        self._over = False  # what came by it is dealt with
+        self.gone = False  # the connection is
+        self._over = False  # and what came by it is dealt with
         self._ending = False
         self.write_paused = False
         self.handed_bytes = 0  # of what the owner handed to the engine, how much it has not given out (see hand)
@@ -136,7 +136,7 @@ class AmqpProtocol(asyncio.Protocol):
                 case _:
                     dear += 1
         assert self._slices is not None
-        if self.write_paused and self._slices.dear and not (plain or self._gone):
+        if self.write_paused and self._slices.dear and not (plain or self.gone):
             self._hold(Holds.UNREAD)  # whoever asks and asks, and reads no answers, gets no more of them
         return Looked(dear if dear or plain else 1, plain, staged, 0.0)
 
@@ -153,7 +153,7 @@ class AmqpProtocol(asyncio.Protocol):
         self._release(Holds.UNREAD)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._gone = self.write_paused = True
+        self.gone = self.write_paused = True
         for timer in (self._timer, self._close_timer):
             if timer is not None:
                 timer.cancel()
@@ -176,7 +176,7 @@ class AmqpProtocol(asyncio.Protocol):
 
     def schedule_flush(self) -> None:
         """Send what the engine has, once in this turn of the loop however often this is called."""
-        if not self._flush_scheduled and not self._gone:
+        if not self._flush_scheduled and not self.gone:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
 
@@ -191,7 +191,7 @@ class AmqpProtocol(asyncio.Protocol):
 
     def close(self, condition: str | None = None, description: str = "") -> None:
         """Say goodbye: TCP stays until the peer's close, or CLOSE_WAIT_S."""
-        if self._gone or self._transport is None:
+        if self.gone or self._transport is None:
             return
         self.engine.close(condition, description)
         self._expect_end()
@@ -263,7 +263,7 @@ class AmqpProtocol(asyncio.Protocol):
 
     def _write(self) -> None:
         transport = self._transport
-        if self._gone or transport is None or transport.is_closing():
+        if self.gone or transport is None or transport.is_closing():
             return
         engine = self.engine
         while not self.write_paused:
@@ -290,7 +290,7 @@ class AmqpProtocol(asyncio.Protocol):
             self._slices.last_words()
 
     def _expect_end(self) -> None:
-        if self._close_timer is None and not self._gone:
+        if self._close_timer is None and not self.gone:
             self._close_timer = self._loop.call_later(CLOSE_WAIT_S, self.abort)
 
     def _tick(self) -> None:
@@ -298,7 +298,7 @@ class AmqpProtocol(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._timer_at = math.inf
-        if self._gone:
+        if self.gone:
             return
         now = self._loop.time()
         deadline = self.engine.tick(now)

@@ -139,8 +139,8 @@ class AmqpListener:
 
     def claim(self, peer: Peer, *, sole: bool) -> bool:
         """Whether a connection may open with its container id, beside those of the same owner that have it already."""
-        same = self._claims.get(peer.claim, {})
-        if same and (sole or any(same.values())):
+        same = [its for other, its in self._claims.get(peer.claim, {}).items() if not other.protocol.gone]
+        if same and (sole or any(same)):
             return False
         self._claims.setdefault(peer.claim, {})[peer] = sole
         return True
@@ -547,6 +547,8 @@ class Peer:
         else:
             place = self._place(link, source)
         if place.exclusive and place in self._listener.holders:
+            if self.protocol.gone:  # and had to wait for its turn: its app may be back, and attached already
+                raise Refused(LINK_STOLEN, "its connection is gone, and another has attached")
             self._steal(place)
         link.confirm(source=source)
         outgoing = Outgoing(

@@ -1048,6 +1048,7 @@ class Client(asyncio.Protocol):
         log.info("client taken over", extra=self._who())
         self._successors.append(come_in)
         if self._transport is not None:
+            self._slices.read_out()
             self._finish(self._give_way)
         elif self._over and not self._errands:
             self._end()

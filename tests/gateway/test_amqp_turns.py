@@ -46,14 +46,12 @@ class Turned:
         monkeypatch.setattr(Turns, "over", True)
         monkeypatch.setattr(gateway.turns, "enter", self.waiting.append)
 
-    def all(self) -> int:
-        count = 0
+    def all(self, but: Waiting | None = None) -> None:
         self._gateway.live(0.01)
-        while self.waiting:
-            count += 1
-            self.waiting.pop(0).turn()
+        while ready := [each for each in self.waiting if each is not but]:
+            self.waiting.remove(ready[0])
+            ready[0].turn()
             self._gateway.live(0.01)
-        return count
 
 
 def open_app(gateway: Gateway, name: str, *, reads: bool = True) -> tuple[Pipe, attacks.Frames]:
@@ -149,6 +147,44 @@ def test_ten_thousand_short_connections_leave_nothing_behind_though_no_commit_co
     gateway.live(10.0)  # for what their transports are given to end
     gc.collect()
     assert not alive
+
+
+def sole(name: str) -> bytes:
+    """An open that wants the container id for itself."""
+    wanted = b"sole-connection-for-container"
+    capability = b"\xa3%c" % len(wanted) + wanted
+    return attacks.frame(attacks.OPEN, attacks.text(name), *[attacks.NULL] * 7, capability)
+
+
+def attach_durable(name: str) -> bytes:
+    source = attacks.described(0x28, attacks.text("topic://other/2"), attacks.uint(2), b"\xa3\x05never")
+    ends = source, attacks.described(0x29)
+    return attacks.frame(
+        attacks.ATTACH, attacks.text(name), attacks.uint(0), attacks.TRUE, attacks.NULL, attacks.NULL, *ends
+    )
+
+
+def test_an_app_that_is_back_before_its_old_connection_had_its_turn_is_let_in_and_keeps_its_subscription(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attacks, "open_frame", sole)
+    old, _ = open_app(gateway, "app")
+    turned = Turned(gateway, monkeypatch)
+    old.send(attach_durable("mine"))
+    gateway.live(0.01)
+    (late,) = turned.waiting
+    old.close()
+    frames = attacks.Frames()
+    new = gateway.connect(amqp=True, heard=frames.feed)
+    new.send(attacks.SASL + attacks.INIT + attacks.AMQP + sole("app") + attacks.begin() + attach_durable("mine"))
+    turned.all(but=late)
+    assert frames.count(attacks.ATTACH) == 1
+    assert len(gateway.amqp.peers) == 2
+    turned.all()
+    assert len(gateway.amqp.peers) == 1
+    assert len(gateway.amqp.holders) == 1
+    assert not frames.count(attacks.DETACH)
+    assert not frames.count(0x18)  # close
 
 
 def test_an_app_that_reads_no_answers_and_is_gone_ends(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
-"""A client that goes on sending after its mistake still hears what it was.
+"""A client that goes on sending after its mistake still hears what it was, and of one that is back at once all counts.
 
 Closed on unread bytes, TCP would reset, and what the client has not read by then is lost to it.
 """
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import time
@@ -13,7 +14,17 @@ from collections.abc import Iterator
 import pytest
 
 from gateway.mqtt.codec import encode
-from gateway.mqtt.packets import V5, Connect
+from gateway.mqtt.packets import (
+    V5,
+    Connect,
+    ConnectProperties,
+    Disconnect,
+    Packet,
+    Publish,
+    Subscribe,
+    Subscription,
+    Will,
+)
 from gateway.slices import LINGER_S
 from tests.bench.abuse import Yard
 from tests.daemon import WAIT_S, read_to_the_end
@@ -107,3 +118,31 @@ def test_a_websocket_that_broke_its_own_protocol(yard: Yard) -> None:
             heard = read_to_the_end(sock)
             assert heard[:1] == bytes((0x80 | CLOSE,))
             assert int.from_bytes(heard[2:4], "big") == 1002
+
+
+def said(*packets: Packet) -> bytes:
+    return b"".join(encode(packet, V5) for packet in packets)
+
+
+def test_who_hangs_up_and_is_back_at_once_has_said_goodbye_and_lost_nothing(yard: Yard) -> None:
+    """It does not wait for its CONNACK, which waits for the disk; meanwhile it is not read from."""
+    lasts = ConnectProperties(session_expiry_interval=100)
+    with dial(yard.port) as watcher:
+        watcher.sendall(said(Connect(V5, "watcher"), Subscribe(1, (Subscription("will/#"), Subscription("said/#")))))
+        heard = b""
+        while b"\x90\x05\x00\x01" not in heard:
+            heard += watcher.recv(4096)
+        for n in range(50):
+            with dial(yard.port) as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.sendall(said(Connect(V5, "hasty", properties=lasts, will=Will(f"will/{n:02}", b"x"))))
+                sock.sendall(said(Publish(f"said/{n:02}", b"x")))
+                sock.sendall(said(Disconnect()))
+        with dial(yard.port) as sock:
+            sock.sendall(said(Connect(V5, "hasty", True)))
+            assert sock.recv(1) == b"\x20"
+        watcher.sendall(said(Publish("said/last", b"x")))
+        while b"said/last" not in heard:
+            heard += watcher.recv(1 << 16)
+    assert re.findall(rb"said/\d\d", heard) == [b"said/%02d" % n for n in range(50)]
+    assert b"will/" not in heard
