@@ -50,6 +50,7 @@ RECEIVE_MAXIMUM_DEFAULT = 65535
 RETAIN_IF_NEW = 1
 # Bad user name or password, not authorized, banned (MQTT 5.0 §3.2.2.2), to which paho also translates 3.1.1's.
 AUTHENTICATION_REASONS = frozenset({0x86, 0x87, 0x8A})
+UNSUPPORTED_VERSION = 0x84
 TAKEN_OVER = 0x8E
 # Unspecified, which is all that 3.1.1 knows, and not authorized (MQTT 5.0 §3.9.3).
 ACCESS_REASONS = frozenset({0x80, 0x87})
@@ -101,6 +102,7 @@ class Bridge:
         self._resubscribe_s = RESUBSCRIBE_S_MIN
         self._asking: int | None = None
         self._asked_at = 0.0
+        self._answered_at = 0.0  # what we published, or nothing was in flight
         self._gone = asyncio.Event()
         self._sessions_lost = 0
         self._acknowledged = 0
@@ -216,6 +218,11 @@ class Bridge:
         )
         threading.Thread(target=self._reconnect, args=(client,), name="bridge-dial", daemon=True).start()
 
+    @property
+    def _older(self) -> str:
+        """Brokers of 3.1.1 refuse CONNECT of 5.0 (3.1.1 §3.1.2.2), or do not answer it."""
+        return '; where it is one of MQTT 3.1.1 only, set version = "3.1.1"' if self.config.version == "5.0" else ""
+
     def _new_client(self) -> Client:
         config = self.config
         client = Client(
@@ -267,7 +274,7 @@ class Bridge:
             # paho writes every acknowledgement by itself; none of them should wait for the one before.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # type: ignore[attr-defined]
         self._deadline = self._loop.call_later(
-            self.config.connect_timeout_s, self._abort, "the broker does not answer CONNECT"
+            self.config.connect_timeout_s, self._abort, f"the broker does not answer CONNECT{self._older}"
         )
         self._read(True)
         self._flush()
@@ -451,6 +458,7 @@ class Bridge:
             self._outflow.acked(packet_id, refusal)
         if acks:
             self._state.settled()
+            self._answered_at = self._loop.time()
         events, self._events = self._events, []
         for event in events:
             event()
@@ -478,8 +486,9 @@ class Bridge:
         if reason.is_failure:
             authentication = reason.value in AUTHENTICATION_REASONS
             text = getattr(properties, "ReasonString", "")
+            older = self._older if reason.value == UNSUPPORTED_VERSION else ""
             self._reason = (
-                f"the broker refuses the connection: {reason}{f' ({text})' if text else ''}",
+                f"the broker refuses the connection: {reason}{f' ({text})' if text else ''}{older}",
                 Failure.AUTHENTICATION if authentication else Failure.HANDSHAKE,
             )
             return
@@ -573,9 +582,13 @@ class Bridge:
         if self._deadline is not None:
             self._deadline.cancel()
         self._inflow.connected()
-        detail = f": {self._paho_error}" if self._paho_error else ""
-        if self._state.state is State.CONNECTING and self.config.url.tls and self.config.cert is None:
-            detail += "; the broker may ask for a certificate: set cert and key"
+        detail, url = f": {self._paho_error}" if self._paho_error else "", self.config.url
+        if self._state.state is State.CONNECTING:
+            # In place of paho's detail, which is another one each time: an alert, a reset, an end, as the race goes.
+            if url.tls and self.config.cert is None:
+                detail = "; the broker may ask for a certificate: set cert and key"
+            elif not url.tls and not url.path:
+                detail = "; the broker may want TLS (mqtts://)"
         error, failure = self._reason or (f"the connection ended{detail}", Failure.HANDSHAKE)
         self._reason = None
         if self._state.state is State.CONNECTING:
@@ -632,10 +645,15 @@ class Bridge:
         client = self._client
         if client is not None and self._socket is not None:
             client.loop_misc()
-            if self._asking is not None and self._reading:
-                silent_s = self._loop.time() - self._asked_at
-                if silent_s > self.config.keep_alive_s + self.config.connect_timeout_s:
-                    self._abort("the broker does not answer UNSUBSCRIBE")
+            now, patience_s = self._loop.time(), self.config.keep_alive_s + self.config.connect_timeout_s
+            if self._asking is not None and self._reading and now - self._asked_at > patience_s:
+                self._abort("the broker does not answer UNSUBSCRIBE")
+            if not (self._outflow.in_flight and self._reading and self._state.state is State.UP):
+                self._answered_at = now
+            elif now - self._answered_at > patience_s:
+                # As new messages then: there are brokers that answer no repeated one.
+                self._fresh_start = True
+                self._abort("the broker does not answer PUBLISH")
             self._resubscribe(client)
             if self._events:
                 self._after()
@@ -726,7 +744,11 @@ def _password(path: Path) -> str:
 
 def _told(error: Exception | None) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"TLS: the broker's certificate is not trusted: {error.verify_message}"
+        from security.tls_faults import distrust
+
+        return f"TLS: the broker's certificate is not trusted: {distrust(error)}"
+    if isinstance(error, ssl.SSLEOFError):
+        return "TLS: the connection ended in the handshake; what answers there may speak no TLS"
     if isinstance(error, ssl.SSLError):
         return f"TLS: {error.reason or error}"
     if isinstance(error, TimeoutError):

@@ -218,11 +218,11 @@ class StapledObject:
             raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol") from error
         if isinstance(error, SSL.ZeroReturnError):
             raise ssl.SSLZeroReturnError(ssl.SSL_ERROR_ZERO_RETURN, "the peer has ended TLS") from error
-        fault = tls_raw.verify_fault(self._connection)
-        if fault is not None and not self._verified:
+        code, fault = tls_raw.verify_fault(self._connection)
+        if code and not self._verified:
             if "mismatch" in fault:
                 fault += f", certificate is not valid for '{self._name}'"
-            raise _not_verified(fault) from None
+            raise _not_verified(fault, code) from None
         if "bad certificate status response" in _reason(error):  # newer ones than OpenSSL 3.5 look into it, too
             raise _not_verified("the stapled OCSP response cannot be read") from error
         told = ssl.SSLError(ssl.SSL_ERROR_SSL, _reason(error))
@@ -230,11 +230,12 @@ class StapledObject:
         raise told from error
 
 
-def _not_verified(text: str) -> ssl.SSLCertVerificationError:
-    """As `ssl` itself raises it, with the attributes that its readers look at."""
+def _not_verified(text: str, code: int = 0) -> ssl.SSLCertVerificationError:
+    """As `ssl` itself raises it, with the attributes that its readers look at. `code`: 0 for a staple."""
     error = ssl.SSLCertVerificationError(ssl.SSL_ERROR_SSL, f"certificate verify failed: {text}")
     error.reason = "CERTIFICATE_VERIFY_FAILED"
     error.verify_message = text
+    error.verify_code = code
     return error
 
 

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
+    import ssl
+
     from cryptography import x509
 
 FILE_BYTES_MAX: Final = 4 << 20  # a system's whole CA bundle is a quarter of a megabyte
 # What pkcs11-provider, and OpenSSL with it, reads like a private key.
 TOKEN_MARK: Final = b"-----BEGIN PKCS#11 PROVIDER URI-----"
+
+# X509_V_ERR_ of OpenSSL: self-signed, self-signed in the chain, no issuer found, no more than the certificate itself.
+UNKNOWN_AUTHORITY: Final = (18, 19, 20, 21)
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
@@ -28,6 +33,12 @@ class TLSFileError(ValueError):
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
+
+
+def distrust(error: ssl.SSLCertVerificationError) -> str:
+    """Why a peer's certificate is not trusted."""
+    text = str(error.verify_message)
+    return f"{text}: no authority in ca has signed it" if error.verify_code in UNKNOWN_AUTHORITY else text
 
 
 def password(path: Path) -> bytes:

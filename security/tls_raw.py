@@ -57,7 +57,7 @@ def staple(connection: SSL.Connection) -> bytes:
     return bytes(_ffi.buffer(place[0], size)) if size > 0 else b""
 
 
-def verify_fault(connection: SSL.Connection) -> str | None:
-    """Why OpenSSL does not trust the peer's certificate, in its words; None if it found nothing against it."""
+def verify_fault(connection: SSL.Connection) -> tuple[int, str]:
+    """Why OpenSSL does not trust the peer's certificate, as its code and words; code 0: it found nothing against it."""
     code: int = _verify_result(connection._ssl)
-    return None if code == 0 else bytes(_ffi.string(_error_string(code))).decode()
+    return code, bytes(_ffi.string(_error_string(code))).decode()

@@ -22,8 +22,11 @@ import proton
 
 from gateway.amqp import raw
 from gateway.amqp.events import (
+    CONNECTION_REDIRECT,
     DECODE_ERROR,
     FRAMING_ERROR,
+    INVALID_FIELD,
+    LINK_REDIRECT,
     MESSAGE_SIZE_EXCEEDED,
     NOT_ALLOWED,
     NOT_IMPLEMENTED,
@@ -63,6 +66,7 @@ OUTGOING_BYTES_MAX: Final = 2 << 20
 OUTPUT_BYTES: Final = 1 << 20
 # Taken from proton before a flow is heard, and kept until it is asked for: what proton holds, as a rule.
 AHEAD_BYTES_MAX: Final = 4 << 20
+INFO_CHARACTERS_MAX: Final = 500
 FAILED_TO_OPEN: Final = "amqp:connection-establishment-failed"
 
 # What reading a peer's open or attach may raise inside proton's binding.
@@ -121,6 +125,18 @@ def _symbols(value: Any) -> tuple[str, ...]:
     return tuple(str(item) for item in getattr(value, "elements", value) or ())
 
 
+def _explained(condition: str | None, description: str | None, endpoint: Any) -> tuple[str | None, str | None]:
+    """The peer's reason, with what only the condition's info says: which field is invalid, or where to go instead."""
+    if condition not in (CONNECTION_REDIRECT, LINK_REDIRECT, INVALID_FIELD):
+        return condition, description
+    info = endpoint.remote_condition.info
+    told = ""
+    if isinstance(info, dict):
+        plain = {str(key): int(value) if isinstance(value, int) else value for key, value in info.items()}
+        told = ", ".join(f"{key}: {plain[key]}" for key in sorted(plain))
+    return condition, f"{description or ''} ({told[:INFO_CHARACTERS_MAX]})".lstrip() if told else description
+
+
 # ------------------------------------------------------------------------------------------------ sessions and links
 
 
@@ -136,11 +152,16 @@ class Session:
         self.alive = True
         self.context: Any = None
 
+    @property
+    def links(self) -> tuple[Sender | Receiver, ...]:
+        return tuple(self._links)
+
     def close(self) -> None:
         """End the session and every link in it. Their unsettled messages have no known fate."""
         if not self.alive:
             return
         self._engine._drop_session(self)
+        self._engine._ending += 1
         self._session.close()
         self._session.free()
         self._engine._produced()
@@ -699,6 +720,12 @@ class Engine:
     def links(self) -> tuple[Sender | Receiver, ...]:
         return tuple(self._links.values())
 
+    @property
+    def sessions_left(self) -> int:
+        """How many more sessions there are channels for, on both sides; known once the peer has opened."""
+        channels = min(self._sessions_max, int(self._transport.remote_channel_max) + 1)
+        return channels - len(self._sessions) - self._ending
+
     def _waiting(self) -> bool:
         if self._last_words or self._ahead or (self._sasl is not None and self._sasl.outbox):
             return True
@@ -1079,7 +1106,8 @@ class Engine:
 
     def _remote_close(self) -> None:
         self._closed_there = True
-        self._events.append(RemoteClosed(*raw.connection_condition(self._connection)))
+        told = raw.connection_condition(self._connection)
+        self._events.append(RemoteClosed(*_explained(*told, self._connection)))
         if not self._closed_here:
             self._closed_here = True
             self._connection.close()
@@ -1168,7 +1196,7 @@ class Engine:
         link = self._links.get(pointer)
         if link is None:
             return
-        condition, description = raw.link_condition(pointer)
+        condition, description = _explained(*raw.link_condition(pointer), link._link)
         if not link._closing:
             link._closing = True
             if detached:

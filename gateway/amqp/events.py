@@ -25,6 +25,9 @@ NOT_IMPLEMENTED: Final = "amqp:not-implemented"
 UNAUTHORIZED: Final = "amqp:unauthorized-access"
 NOT_FOUND: Final = "amqp:not-found"
 INVALID_FIELD: Final = "amqp:invalid-field"
+CONTAINER_ID: Final = "container-id"  # which field that was, in the condition's info
+CONNECTION_REDIRECT: Final = "amqp:connection:redirect"
+LINK_REDIRECT: Final = "amqp:link:redirect"
 FRAMING_ERROR: Final = "amqp:connection:framing-error"
 
 

@@ -21,6 +21,7 @@ from gateway.amqp.directory import NAME_BYTES_MAX, Directory, Reply, Source, Too
 from gateway.amqp.driver import AmqpProtocol
 from gateway.amqp.engine import Engine, Receiver, Sender
 from gateway.amqp.events import (
+    CONTAINER_ID,
     INVALID_FIELD,
     LINK_STOLEN,
     NOT_FOUND,
@@ -355,7 +356,7 @@ class Peer:
         if not self._listener.claim(self, sole=sole):
             log.warning("amqp peer refused: its container id is another connection's", extra=self._who())
             text = f"the container id {container[:200]!r} is in use by another connection"
-            engine.refuse(INVALID_FIELD, text, {"invalid-field": "container-id"})
+            engine.refuse(INVALID_FIELD, text, {"invalid-field": CONTAINER_ID})
             return
         engine.open()
         log.info("amqp peer connected", extra=self._who())

@@ -6,6 +6,7 @@ Decides nothing about other attempts, about when to dial again or what to send: 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 import time
@@ -14,8 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from gateway.amqp.driver import AmqpProtocol
-from gateway.amqp.engine import Engine
-from gateway.amqp.events import Authenticated, Event, Failed, Opened, RemoteClosed
+from gateway.amqp.engine import FAILED_TO_OPEN, Engine
+from gateway.amqp.events import (
+    CONTAINER_ID,
+    INVALID_FIELD,
+    UNAUTHORIZED,
+    Authenticated,
+    Event,
+    Failed,
+    Opened,
+    RemoteClosed,
+)
 from gateway.amqp.sasl import SaslClient
 from gateway.config import Hub, HubUrl
 from gateway.uplink.pace import Bucket, Gauge, on_the_wire
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
     from security.tls import Stamp
 
 
+_TLS_CUT = "TLS: the connection ended in the handshake"
 # Alerts of RFC 8446, 6.2 that a hub answers our certificate with, or the want of one.
 _NOT_OURS = (
     "access denied",
@@ -39,6 +50,12 @@ _NOT_OURS = (
 )
 
 
+def _unreached(error: OSError) -> str:
+    """Why there is no connection; asyncio's own text for it names a call."""
+    reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
+    return f"no connection: {reason or error}"
+
+
 def _tls_fault(error: ssl.SSLError) -> tuple[str, Failure]:
     """What went wrong, for people, and what that means for the next attempt."""
     reason = (error.reason or str(error)).replace("_", " ").lower()
@@ -48,6 +65,9 @@ def _tls_fault(error: ssl.SSLError) -> tuple[str, Failure]:
     if reason == "wrong version number":
         return "TLS: what answers there speaks no TLS", Failure.HANDSHAKE
     return f"TLS: {reason}", Failure.HANDSHAKE
+
+
+_LOGIN = "; see user, password_file, cert and sasl of this hub"
 
 
 class Owner(Protocol):
@@ -111,10 +131,12 @@ class Attempt:
                 )
         except ssl.SSLCertVerificationError as error:
             doubt = self._owner.clock_doubt()
-            text = f"the hub's certificate: {error.verify_message}"
+            from security.tls_faults import distrust
+
+            text = f"the hub's certificate: {distrust(error)}"
             self._end(f"{doubt}; {text}" if doubt else text, Failure.AUTHENTICATION)
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
-            self._end(f"TLS: the connection ended in the handshake: {error.reason or error}", Failure.UNREACHABLE)
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            self._end(_TLS_CUT, Failure.UNREACHABLE)
         except ssl.SSLError as error:
             self._end(*_tls_fault(error))
         except TimeoutError:
@@ -123,7 +145,7 @@ class Attempt:
             else:
                 self._end(f"no connection within {hub.connect_timeout_s:g} s", Failure.UNREACHABLE)
         except OSError as error:
-            self._end(f"no connection: {error.strerror or error}", Failure.UNREACHABLE)
+            self._end(_TLS_CUT if self._reached else _unreached(error), Failure.UNREACHABLE)
 
     @property
     def reached(self) -> bool:
@@ -187,6 +209,8 @@ class Attempt:
                 case Authenticated():
                     self._stage("open", self._hub.open_timeout_s)
                 case Opened(properties=properties) if not self._open:
+                    if properties.get(FAILED_TO_OPEN) or any(isinstance(each, RemoteClosed) for each in events):
+                        continue  # it refuses us, and says why in its close; the deadline of the open stands
                     self.peer = properties
                     if self._deadline is not None:
                         self._deadline.cancel()
@@ -197,10 +221,12 @@ class Attempt:
                         return
                 case Failed(condition, description, auth):
                     failure = Failure.AUTHENTICATION if auth else Failure.HANDSHAKE
-                    self._reason = (f"{condition}: {description}", failure)
+                    self._reason = (f"{condition}: {description}{_LOGIN if auth else ''}", failure)
                 case RemoteClosed(condition, description):
                     text = f"the hub closed: {condition or 'no condition'} {description or ''}".rstrip()
-                    refused = condition == "amqp:unauthorized-access"
+                    if condition == INVALID_FIELD and CONTAINER_ID in (description or ""):
+                        text += f"; another connection is {self._gateway!r} there: give each gateway an id of its own"
+                    refused = condition == UNAUTHORIZED
                     self._reason = (text, Failure.AUTHENTICATION if refused else Failure.HANDSHAKE)
                 case _:
                     pass
@@ -209,13 +235,21 @@ class Attempt:
 
     def on_lost(self, error: Exception | None) -> None:
         # Closed before it said a word, that was not the hub but something on the way to it (a proxy, a carrier's NAT).
-        heard = self.protocol is not None and self.protocol.heard
-        silently = Failure.DROPPED if self._open else Failure.HANDSHAKE if heard else Failure.UNREACHABLE
+        # It was the hub where it has shown its certificate: the JVM's TLS hangs up like that where it wants one of us.
+        heard, tls = self.protocol is not None and self.protocol.heard, self.url.tls
+        silently = Failure.DROPPED if self._open else Failure.HANDSHAKE if heard or tls else Failure.UNREACHABLE
         text, failure = f"the connection ended: {error}" if error else "the hub ended the connection", silently
+        if not heard and (error is None or isinstance(error, ConnectionError)):
+            text = f"the hub ended the connection before it said anything: {self._hint()}"
         if isinstance(error, ssl.SSLError):  # with TLS 1.3 the hub looks at our certificate when we are through
             text, failure = _tls_fault(error)
         text, failure = self._reason or (text, failure)
         self._end(text, failure)
+
+    def _hint(self) -> str:
+        if not self.url.tls:
+            return "it may want TLS (amqps://)"
+        return "it may not want our certificate" if self._hub.cert else "it may want a certificate (cert, key)"
 
     def _unanswered(self, error: str, waited_s: float) -> None:
         self._waited_s = waited_s

@@ -12,9 +12,10 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from gateway.amqp.engine import Receiver, Sender
+from gateway.amqp.engine import Engine, Receiver, Sender, Session
 from gateway.amqp.events import Credit, Deliveries, Event, LinkAttached, LinkClosed, Settled
 from gateway.amqp.message import Message
 from gateway.amqp.termini import Durability, Expiry, Terminus
@@ -379,8 +380,10 @@ class HubLink:
             capabilities=queue,
         )
         name = f"lineside:{self.gateway}:{config.stream}"
-        # Each link has a session of its own: some hubs end the whole session for one attach they do not like.
-        session = engine.session()
+        session = self._session(engine)
+        if session is None:
+            way.reattach_at = now + REATTACH_S_MIN
+            return
         if isinstance(config, Outbound):
             way.advice = None if address is None else advice(attempt.peer, address)
             if way.advice is not None:
@@ -392,6 +395,16 @@ class HubLink:
         way.attach_by = now + self.hub.attach_timeout_s
         way.reattach_at = None
         way.handed_back = False
+
+    def _session(self, engine: Engine) -> Session | None:
+        """One for a link: its own, as some hubs end the whole session for one attach they do not like.
+
+        Where the hub takes fewer sessions than there are links, the one that holds the fewest. None: none stands.
+        """
+        if engine.sessions_left > 0:
+            return engine.session()
+        standing = {link.session: None for way in self._ways if (link := way.link) is not None and link.session.alive}
+        return min(standing, key=lambda session: len(session.links), default=None)
 
     def on_events(self, events: list[Event]) -> None:
         now = self._loop.time()
@@ -423,10 +436,8 @@ class HubLink:
             return
         before, given_back = drain.settled, drain.given_back
         if drain.wake(now):
-            way.reattach_s = REATTACH_S_MIN
-            way.took = True
+            self._took(way)
             drain.window = min(self.hub.window, 2 * drain.window)
-            self.state.settled()
             self.settled += drain.settled - before
         if way.queue is not None and drain.has_more:
             way.queue.filled(now)
@@ -438,6 +449,12 @@ class HubLink:
             )
         if self.journal.pending:
             self._kick()
+
+    def _took(self, way: _Way) -> None:
+        """Something was settled on it, whichever way: the link works, and the hub."""
+        way.reattach_s = REATTACH_S_MIN
+        way.took = True
+        self.state.settled()
 
     # ------------------------------------------------------------------ whose turn it is
 
@@ -532,7 +549,7 @@ class HubLink:
                 way.config.credit,
                 place,
                 self._flush,
-                self.state.settled,
+                partial(self._took, way),
                 self._retain,
                 inlet,
                 way.largest_bytes,
@@ -552,9 +569,13 @@ class HubLink:
             "no room for a stream; its messages stay at the hub until there is",
             extra={"hub": self.hub.name, "address": way.config.address_for(self.gateway), "stream": way.stream.name},
         )
-        intake.link.session.close()
-        self._unlink(way)
-        way.handed_back = True
+        session, now = intake.link.session, self._loop.time()
+        session.close()
+        for each in self._ways:
+            if each.link is not None and each.link.session is session:
+                self._unlink(each)
+                each.reattach_at = now  # it was not its stream that is full
+        way.handed_back, way.reattach_at = True, None
 
     def _may_attach(self, way: _Way) -> bool:
         return way.has_room and not self.journal.disk_full
@@ -583,8 +604,11 @@ class HubLink:
         if way is None or way.link is not link:
             return
         self._unlink(way)
+        if all(each is link for each in link.session.links):
+            link.session.close()  # the next attach begins one of its own, and there are not many
         address = way.config.address_for(self.gateway)
-        way.error = f"{address}: {condition or 'link closed'}{': ' + description if description else ''}"
+        before = way.error
+        way.error = f"{address}: {condition or 'the hub ended the link'}{': ' + description if description else ''}"
         if way.closed_at < way.attached_at < now - way.reattach_s:
             way.reattach_s = REATTACH_S_MIN  # it stood for long enough
         if way.drain is not None and way.closed_at < way.attached_at and not way.took:
@@ -594,10 +618,11 @@ class HubLink:
         way.closed_at = now
         way.reattach_at = now + way.reattach_s
         way.reattach_s = min(REATTACH_S_MAX, way.reattach_s * 2)
-        log.error(
-            "the hub closed a link",
-            extra={"hub": self.hub.name, "address": address, "stream": way.config.stream, "error": way.error},
-        )
+        if way.error != before:  # else it is refused again, and again, for the same reason
+            log.error(
+                "the hub closed a link",
+                extra={"hub": self.hub.name, "address": address, "stream": way.config.stream, "error": way.error},
+            )
 
     # ------------------------------------------------------------------ watching
 

@@ -473,6 +473,32 @@ def test_both_sides_are_finished_once_both_closes_are_exchanged() -> None:
     assert pair.server.finished
 
 
+@pytest.mark.parametrize(
+    ("info", "told"),
+    [
+        (
+            {proton.symbol("port"): proton.uint(5671), proton.symbol("network-host"): "b.example"},
+            "not here (network-host: b.example, port: 5671)",
+        ),
+        ({proton.symbol("network-host"): "b" * 1000}, f"not here (network-host: {'b' * 486})"),
+        ({}, "not here"),
+        (None, "not here"),
+    ],
+)
+def test_where_a_peer_redirects_us_to_stands_in_its_words(info: dict[object, object] | None, told: str) -> None:
+    pair = Pair()
+    sender, _ = pair.link_to_server()
+    receiver = pair.server.links[0]
+    receiver._link.condition = proton.Condition("amqp:link:redirect", "not here", info)
+    receiver._link.close()
+    pair.run()
+    assert pair.events(pair.client, LinkClosed) == [LinkClosed(sender, "amqp:link:redirect", told)]
+    pair.server._connection.condition = proton.Condition("amqp:connection:redirect", "not here", info)
+    pair.server._connection.close()
+    pair.run()
+    assert pair.events(pair.client, RemoteClosed) == [RemoteClosed("amqp:connection:redirect", told)]
+
+
 def test_handles_and_links_are_harmless_after_the_connection_is_gone() -> None:
     pair = Pair()
     sender, receiver = pair.link_to_server()

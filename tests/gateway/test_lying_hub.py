@@ -14,15 +14,18 @@ import pytest
 
 import gateway.transports  # noqa: F401 - with it, asyncio's servers send alerts
 from gateway.amqp.driver import AmqpProtocol
-from gateway.amqp.engine import Engine, Receiver
-from gateway.amqp.events import Deliveries, Event, LinkAttached, Opened
+from gateway.amqp.engine import Engine, Receiver, Sender
+from gateway.amqp.events import Credit, Deliveries, Event, LinkAttached, Opened, Settled
 from gateway.amqp.message import decode, encode
 from gateway.amqp.sasl import SaslServer
 from gateway.committer import Committer
 from gateway.config import loads
+from gateway.uplink.attempt import Attempt
 from gateway.uplink.hub import HubLink
 from gateway.uplink.state import ATTEMPTS_MAX, STAGGER_S, Failure
+from gateway.uplink.tcp import discard
 from storeforward.journal import Journal
+from storeforward.streams import StreamLimits
 from tests.pki import Pki
 
 WAIT_S = 40.0
@@ -63,6 +66,15 @@ address = "full"
 """
 
 
+INBOUND = """
+[[inbound]]
+stream = "maps"
+hub = "depot"
+address = "maps"
+topic = "maps/x"
+"""
+
+
 class Hub:
     """A hub in earnest; `settle` decides what becomes of each batch, `refuse` of each attach."""
 
@@ -72,12 +84,15 @@ class Hub:
         self.refuse = False
         self.open = True
         self.credit = 100
+        self.sessions_max = 64
         self.settle: Callable[[Receiver, list[int]], None] = lambda link, handles: link.accept(handles)
 
     def protocol(self) -> AmqpProtocol:
-        return AmqpProtocol(
-            lambda transport: Engine(server=True, container="depot", sasl=SaslServer(["ANONYMOUS"])), self, self.ready
-        )
+        return AmqpProtocol(lambda _: self.engine(), self, self.ready)
+
+    def engine(self) -> Engine:
+        sasl = SaslServer(["ANONYMOUS"])
+        return Engine(server=True, container="depot", sasl=sasl, sessions_max=self.sessions_max)
 
     def ready(self, protocol: AmqpProtocol) -> None:
         pass
@@ -146,12 +161,15 @@ class Bench:
         self.journal = Journal.open(self.path)
         self.stream = self.journal.stream("alarms", "outbound")
         self.cursor = self.journal.cursor(self.stream, "uplink", "uplink")
-        if self.more:
+        if config.outbound[1:]:
             self.second = self.journal.stream("logs", "outbound")
             self.journal.cursor(self.second, "uplink", "uplink")
+        for inbound in config.inbound:
+            maps = self.journal.stream(inbound.stream, "inbound", StreamLimits(1000, 20))
+            self.journal.cursor(maps, "somebody", "mqtt")
         self.faults: list[Exception] = []
         self.committer = Committer(self.journal, loop, lambda batch: self.link.committed(), self.faults.append)
-        self.link = HubLink(config.hubs[0], "loco", config.outbound, (), self.journal, self.committer.kick)
+        self.link = HubLink(config.hubs[0], "loco", config.outbound, config.inbound, self.journal, self.committer.kick)
 
     def put(self, *payloads: str) -> None:
         for payload in payloads:
@@ -231,7 +249,8 @@ def test_a_hub_that_ends_or_stalls_the_handshake(tmp_path: Path, lines: list[byt
             bench.factory = lambda: Script(lines, hang_up)
             bench.put(*"abc")
             bench.link.start()
-            await bench.error("the hub ended the connection" if hang_up else "no answer within")
+            before = "" if lines else " before it said anything: it may want TLS (amqps://)"
+            await bench.error(f"the hub ended the connection{before}" if hang_up else "no answer within")
             await bench.drained("abc")
 
     run(story())
@@ -262,7 +281,10 @@ def test_refused_credentials_say_so_and_are_retried_slowly(tmp_path: Path) -> No
             bench.link.start()
             await bench.until(lambda: bench.link.describe()["state"] == "backoff")
             told = bench.link.describe()
-            assert "unauthorized" in told["error"] or "auth" in told["error"].lower(), told
+            assert told["error"] == (
+                "amqp:unauthorized-access: sasl ANONYMOUS was refused: auth; "
+                "see user, password_file, cert and sasl of this hub"
+            )
             assert told["retry_in_s"] > 4, "much slower than the 20 ms of other failures"
             await bench.drained("a")
 
@@ -419,6 +441,175 @@ def test_a_refused_attach_is_named_with_its_address_and_tried_again(tmp_path: Pa
     run(story())
 
 
+def test_a_link_that_is_refused_again_and_again_is_told_once_and_uses_up_no_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gateway.uplink.hub.WATCH_S", 0.01)
+    monkeypatch.setattr("gateway.uplink.hub.REATTACH_S_MIN", 0.01)
+    monkeypatch.setattr("gateway.uplink.hub.REATTACH_S_MAX", 0.01)
+    refused = 0
+
+    class Refusing(Hub):
+        def on_events(self, engine: Engine, events: list[Event]) -> None:
+            nonlocal refused
+            refused += sum(self.refuse and isinstance(event, LinkAttached) for event in events)
+            super().on_events(engine, events)
+
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            hub = Refusing()
+            bench.good, bench.factory = hub, hub.protocol
+            hub.refuse, hub.sessions_max = True, 3
+            bench.put(*"abc")
+            bench.link.start()
+            await bench.until(lambda: refused > 10)
+            hub.refuse = False
+            await bench.drained("abc")
+            assert bench.link.describe()["connected"] == 1
+
+    with caplog.at_level(logging.WARNING, "lineside.uplink"):
+        run(story())
+    assert [record.message for record in caplog.records] == ["the hub closed a link"]
+
+
+def test_a_hub_that_takes_fewer_sessions_than_there_are_links_has_them_share(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path, more=SECOND_STREAM) as bench:
+            bench.good.sessions_max = 1
+            bench.put(*"abc")
+            bench.journal.append(bench.second, "log/x", lambda seq, body: encode(body), b"d")
+            bench.link.start()
+            await bench.until(lambda: len(bench.good.got) == 4)
+            assert sorted(bench.good.got) == list("abcd")
+            assert bench.link.describe()["connected"] == 1
+
+    run(story())
+
+
+def test_what_is_handed_back_with_a_session_takes_no_other_link_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.uplink.intake.HELD_BYTES_MAX", 3000)
+
+    class Sending(Hub):
+        def on_events(self, engine: Engine, events: list[Event]) -> None:
+            for event in events:
+                if isinstance(event, LinkAttached) and isinstance(event.link, Sender):
+                    event.link.confirm()
+                elif isinstance(event, Credit) and not event.sender.unsettled:
+                    event.sender.send([(n, encode(b"m" * 900)) for n in range(min(8, event.sender.capacity))])
+            super().on_events(engine, [e for e in events if not isinstance(getattr(e, "link", None), Sender)])
+
+    async def story() -> None:
+        async with bench_at(tmp_path, more=INBOUND) as bench:
+            hub = Sending()
+            hub.sessions_max = 1
+            bench.good, bench.factory = hub, hub.protocol
+            bench.link.start()
+            await bench.until(lambda: "no room for stream maps" in "".join(bench.link.describe()["notes"]))
+            bench.put(*"abc")
+            await bench.drained("abc")
+            assert bench.link.describe()["connected"] == 1
+            assert "no room for stream maps" in "".join(bench.link.describe()["notes"])
+
+    run(story())
+
+
+def test_an_inbound_link_that_carried_something_before_the_hub_closed_it_is_back_soon_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.uplink.hub.WATCH_S", 0.01)
+    monkeypatch.setattr("gateway.uplink.hub.REATTACH_S_MIN", 0.01)
+    count = 15  # by then, twice as long each time would be minutes
+    answered = 0
+
+    class OneAtATime(Hub):
+        def on_events(self, engine: Engine, events: list[Event]) -> None:
+            nonlocal answered
+            for event in events:
+                if isinstance(event, LinkAttached) and isinstance(event.link, Sender):
+                    event.link.confirm()
+                elif isinstance(event, Credit) and not event.sender.unsettled:
+                    event.sender.send([(answered, encode(b"", message_id=f"{answered}"))])
+                elif isinstance(event, Settled):
+                    answered += len(event.sender.take_outcomes())
+                    event.sender.close("amqp:resource-deleted", "moved")
+            super().on_events(engine, [e for e in events if not isinstance(getattr(e, "link", None), Sender)])
+
+    async def story() -> None:
+        async with bench_at(tmp_path, more=INBOUND) as bench:
+            hub = OneAtATime()
+            bench.good, bench.factory = hub, hub.protocol
+            bench.link.start()
+            await bench.until(lambda: answered >= count)
+            assert bench.link.describe()["connected"] == 1
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told"),
+    [
+        (
+            ("amqp:invalid-field", "Client: loco already connected", {"invalid-field": "container-id"}),
+            "the hub closed: amqp:invalid-field Client: loco already connected (invalid-field: container-id); "
+            "another connection is 'loco' there: give each gateway an id of its own",
+        ),
+        (
+            ("amqp:connection:redirect", "not here", {"network-host": "b.example", "port": "5671"}),
+            "the hub closed: amqp:connection:redirect not here (network-host: b.example, port: 5671)",
+        ),
+        (("amqp:not-found", "Unknown hostname", {}), "the hub closed: amqp:not-found Unknown hostname"),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True], ids=["in one breath", "later"])
+def test_a_hub_that_refuses_us_in_its_open_was_never_up_and_says_why_once(
+    tmp_path: Path,
+    refusal: tuple[str, str, dict[str, str]],
+    told: str,
+    later: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Refusing(Hub):
+        def on_events(self, engine: Engine, events: list[Event]) -> None:
+            if any(isinstance(event, Opened) for event in events):
+                engine.refuse(*refusal)
+
+    class Late(asyncio.Protocol):
+        """Passes on what a hub says, the end of it as a second piece."""
+
+        def __init__(self) -> None:
+            self.engine = Refusing().engine()
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            events = self.engine.receive(data, asyncio.get_running_loop().time())
+            self.transport.write(self.engine.data_to_send())
+            if any(isinstance(event, Opened) for event in events):
+                self.engine.refuse(*refusal)
+                said = self.engine.data_to_send()
+                opened = int.from_bytes(said[8:12], "big") + 8
+                self.transport.write(said[:opened])
+                asyncio.get_running_loop().call_later(0.02, self.transport.write, said[opened:])
+
+    async def story() -> None:
+        async with bench_at(tmp_path) as bench:
+            bench.factory = Late if later else Refusing().protocol
+            bench.put(*"abc")
+            bench.link.start()
+            await bench.until(lambda: bench.link.describe()["dialled"] > 3)
+            assert bench.link.describe()["error"] == told
+            assert bench.link.describe()["connected"] == 0
+            await bench.drained("abc")
+
+    with caplog.at_level(logging.INFO, "lineside.uplink"):
+        run(story())
+    assert [record.message for record in caplog.records] == ["hub not reached", "hub link up"]
+
+
 @pytest.mark.parametrize("stage", ["open", "attach"])
 def test_a_hub_that_hangs_up_after_open_or_attach(tmp_path: Path, stage: str, caplog: pytest.LogCaptureFixture) -> None:
     class Rude(Hub):
@@ -457,7 +648,8 @@ def test_a_certificate_of_somebody_else_is_named_and_nothing_is_sent(tmp_path: P
         async with bench_at(tmp_path, f'ca = "{pki.ca}"', "amqps", wrong) as bench:
             bench.put("a")
             bench.link.start()
-            await bench.error("the hub's certificate")
+            await bench.error("the hub's certificate: ")
+            assert bench.link.describe()["error"].endswith(": no authority in ca has signed it")
             assert bench.good.got == []
             wrong.load_cert_chain(pki.server.cert, pki.server.key)
             await bench.drained("a")
@@ -490,6 +682,71 @@ def test_a_hub_that_refuses_our_certificate_says_so_and_is_not_dialled_as_if_the
             assert bench.link.describe()["dialled"] <= 2
             strict.verify_mode = ssl.CERT_NONE
             await bench.drained("a")
+
+    run(story())
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["no certificate", "a certificate"])
+def test_a_hub_that_hangs_up_without_a_word_once_tls_stands_is_dialled_ever_more_slowly(
+    tmp_path: Path, pki: Pki, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Qpid Broker-J does to whoever shows no certificate that it wants; it sends no alert."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pki.server.cert, pki.server.key)
+    identity = f'cert = "{pki.client.cert}"\nkey = "{pki.client.key}"' if ours else ""
+    hint = "it may not want our certificate" if ours else "it may want a certificate (cert, key)"
+
+    async def story() -> None:
+        async with bench_at(tmp_path, f'ca = "{pki.ca}"\n{identity}', "amqps", context) as bench:
+            bench.factory = lambda: Script([], True)
+            bench.put("a")
+            failures: set[Failure] = set()
+            failed = bench.link.attempt_failed
+
+            def note(attempt: Attempt, failure: Failure, error: str, waited_s: float) -> None:
+                failures.add(failure)
+                failed(attempt, failure, error, waited_s)
+
+            monkeypatch.setattr(bench.link, "attempt_failed", note)
+            bench.link.start()
+            await bench.error(f"the hub ended the connection before it said anything: {hint}")
+            assert failures == {Failure.HANDSHAKE}, "not as if the line were down"
+            await bench.drained("a")
+
+    run(story())
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_connection_that_ends_in_the_tls_handshake_is_told_once_however_it_ends(
+    tmp_path: Path, pki: Pki, reset: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Ends(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            if reset:
+                discard(transport.get_extra_info("socket"))
+            transport.close()
+
+    async def story() -> None:
+        async with bench_at(tmp_path, f'ca = "{pki.ca}"', "amqps") as bench:
+            bench.factory = Ends
+            bench.link.start()
+            await bench.until(lambda: bench.link.describe()["dialled"] > 3)
+            assert bench.link.describe()["error"] == "TLS: the connection ended in the handshake"
+
+    with caplog.at_level(logging.WARNING, "lineside.uplink"):
+        run(story())
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "amqps"])
+def test_a_hub_that_does_not_listen_is_told_of_in_the_kernels_words(tmp_path: Path, pki: Pki, scheme: str) -> None:
+    async def story() -> None:
+        async with bench_at(tmp_path, f'ca = "{pki.ca}"', scheme) as bench:
+            bench.server.close()
+            await bench.server.wait_closed()
+            bench.link.start()
+            await bench.error("no connection: Connection refused")
 
     run(story())
 

@@ -23,7 +23,7 @@ from tests.interop import harness
 from tests.pki import PASSWORD, Certificate, Pki
 
 PAGES = Path(__file__).resolve().parent.parent.parent / "deploy" / "hubs"
-HUBS = ("artemis", "rabbitmq", "lineside", "dispatch", "activemq-classic", "servicebus")
+HUBS = ("artemis", "rabbitmq", "lineside", "dispatch", "activemq-classic", "servicebus", "qpid-broker-j")
 MESSAGES, FLOOD = 500, 20_000
 CENTRE = ("centre", "change-me")
 _FENCE = re.compile(r"^```\w+ (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
