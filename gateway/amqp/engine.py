@@ -90,7 +90,7 @@ _OUTCOME_BY_STATE = {
 
 
 ATTACH, FLOW = 0x12, 0x13
-_FLOW_HEAD = bytes((0, 0x53, FLOW))
+_FLOW_MARK = bytes((0x53, FLOW))  # of the usual encoding; found by chance in something else, it does no harm
 
 
 def _frames(data: bytes) -> Iterator[tuple[int, int, list[Any]]]:
@@ -462,6 +462,7 @@ class Sender(_Link):
         self._engine._take_ahead()
         super()._open()
         self._engine._unnamed = self
+        self._engine._sends = True
 
     def take_outcomes(self) -> list[Outcome]:
         """What became known since the last call, in the order sent; a gap is never skipped, except after any_order().
@@ -687,6 +688,7 @@ class Engine:
         self._counting = False  # a sender takes outcomes in any order
         self._ahead: list[bytes] = []
         self._unnamed: Sender | None = None  # whose attach is not written yet
+        self._sends = False  # one of the links is a sender, or was
         self._hearing = False  # what proton tells comes from the peer, not from what we send
         self._feeding: dict[Sender, None] = {}  # with a large message on its way
         self._events: list[Event] = []
@@ -852,7 +854,7 @@ class Engine:
         if data and not self._failed:
             if self._unnamed is not None:
                 self._take_ahead()
-            if self.server and not self._ahead and _FLOW_HEAD in data:
+            if self.server and self._sends and not self._ahead and _FLOW_MARK in data:
                 self._run_ahead()
             self._drain(None)
             self._hearing = True
