@@ -26,20 +26,20 @@ FANOUT_P99_MS_MAX = 1000
 @pytest.mark.parametrize("version", [4, 5], ids=["3.1.1", "5.0"])
 def test_intake_after_fsync_is_at_least_as_fast_as_mosquitto_queueing_in_memory(tmp_path: Path, version: int) -> None:
     require("mosquitto")
-    figures = run.intake(tmp_path, pairs=3, pairs_max=9, seconds=1.5, version=version)
+    figures = run.intake(tmp_path, pairs=3, pairs_max=9, seconds=1.0, version=version)
     assert figures["ratio_median"] >= 1.0, figures
 
 
 def test_amqp_intake_after_fsync_is_at_least_as_fast_as_that_of_artemis_and_rabbitmq(tmp_path: Path) -> None:
     require("artemis")
     require("rabbitmq")
-    figures = run.amqp_intake(tmp_path, rounds=1, rounds_max=5, seconds=3.0)
+    figures = run.amqp_intake(tmp_path, rounds=1, rounds_max=5, seconds=1.5)
     assert figures["ratio_median_artemis"] >= 1.0, figures
     assert figures["ratio_median_rabbitmq"] >= 1.0, figures
 
 
 def test_a_hundred_thousand_messages_drain_over_mutual_tls_at_fifty_thousand_a_second(tmp_path: Path) -> None:
-    figures = run.drain(tmp_path)
+    figures = run.drain(tmp_path, rounds=2)
     assert figures["per_s_best"] >= DRAIN_PER_S_MIN, figures
 
 
