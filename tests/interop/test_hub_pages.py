@@ -155,6 +155,8 @@ class Artemis(parts.Artemis):
             "127.0.0.1:5672": f"127.0.0.1:{self.port}",
             "/etc/artemis/hub.pem": self._pki.server.bundle,
             "/etc/artemis/ca.pem": self._pki.ca,
+            # Whatever else is on this machine's disk: beyond 90 % of it Artemis would give nobody credit.
+            "</persistence-enabled>": "</persistence-enabled><max-disk-usage>-1</max-disk-usage>",
         }
         for name, text in files.items():
             if name != "lineside.toml":
