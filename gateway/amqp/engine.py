@@ -11,16 +11,15 @@ Whoever calls a method that makes output has to see that `data_to_send()` is cal
 from __future__ import annotations
 
 import math
-import struct
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
 import proton
 
-from gateway.amqp import raw
+from gateway.amqp import frames, raw
 from gateway.amqp.events import (
     CONNECTION_REDIRECT,
     DECODE_ERROR,
@@ -87,31 +86,6 @@ _OUTCOME_BY_STATE = {
     raw.MODIFIED: OutcomeKind.MODIFIED,
     0: OutcomeKind.UNKNOWN,
 }
-
-
-ATTACH, FLOW = 0x12, 0x13
-_FLOW_MARK = bytes((0x53, FLOW))  # of the usual encoding; found by chance in something else, it does no harm
-
-
-def _frames(data: bytes) -> Iterator[tuple[int, int, list[Any]]]:
-    """The channel, performative and fields of each attach and flow in whole frames of proton's."""
-    at = len(AMQP_HEADER) if data.startswith(AMQP_HEADER) else 0
-    while at < len(data):
-        size, _, _, channel = struct.unpack_from(">IBBH", data, at)
-        if data[at + 8 : at + 10] == b"\x00\x53" and data[at + 10] in (ATTACH, FLOW):
-            performative: Any = proton.Data()
-            performative.decode(data[at + 8 : at + size])
-            performative.next()
-            yield channel, data[at + 10], performative.get_py_described().value
-        at += size
-
-
-def _flow(channel: int, fields: list[int | None]) -> bytes:
-    """A flow of a link that drains (part 2.7.4)."""
-    encoded = b"".join(b"\x40" if field is None else b"\x70" + field.to_bytes(4, "big") for field in fields)
-    encoded += b"\x40\x41"  # available: not said; drain
-    body = b"\x00\x53%c\xd0" % FLOW + struct.pack(">II", len(encoded) + 4, len(fields) + 2) + encoded
-    return struct.pack(">IBBH", len(body) + 8, 2, 0, channel) + body
 
 
 def _condition(name: str | None, description: str | None, info: dict[Any, Any] | None = None) -> Any:
@@ -451,10 +425,10 @@ class Sender(_Link):
         if self._handle is None or raw.queued(self._pointer):
             return False
         raw.session_flow(self._pointer)
-        for channel, code, fields in _frames(engine._take_ahead()):
-            if code == FLOW and len(fields) == 4:
+        for channel, code, fields in frames.links(engine._take_ahead()):
+            if code == frames.FLOW and len(fields) == 4:
                 link = [self._handle, self._handed & 0xFFFFFFFF, 0]
-                engine._ahead.append(_flow(channel, [*fields, *link]))
+                engine._ahead.append(frames.drained(channel, [*fields, *link]))
                 return True
         return False
 
@@ -854,7 +828,7 @@ class Engine:
         if data and not self._failed:
             if self._unnamed is not None:
                 self._take_ahead()
-            if self.server and self._sends and not self._ahead and _FLOW_MARK in data:
+            if self.server and self._sends and not self._ahead and frames.FLOW_MARK in data:
                 self._run_ahead()
             self._drain(None)
             self._hearing = True
@@ -950,8 +924,8 @@ class Engine:
         taken = b"".join(raw.output(self._transport, sys.maxsize))
         self._ahead.append(taken)
         if self._unnamed is not None:
-            for _, code, fields in _frames(taken):
-                if code == ATTACH and (fields[0], bool(fields[2])) == (self._unnamed.name, False):
+            for _, code, fields in frames.links(taken):
+                if code == frames.ATTACH and (fields[0], bool(fields[2])) == (self._unnamed.name, False):
                     self._unnamed._handle = int(fields[1])
             self._unnamed = None
         return taken
