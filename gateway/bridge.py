@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import random
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ from paho.mqtt.enums import CallbackAPIVersion, LogLevel, MQTTErrorCode, MQTTPro
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from gateway.amqp.message import Message
 from gateway.bridge_flow import Inflow, Outflow, Taken, release
+from gateway.bridge_topics import BridgeTopics
 from gateway.broker import Broker
 from gateway.config import Bridge as BridgeConfig
 from gateway.config import Config
@@ -47,17 +46,12 @@ PUBLISH_OVERHEAD_BYTES = 9  # fixed header, length of the topic, packet id (MQTT
 NEVER_EXPIRES = 0xFFFFFFFF
 TEXT_BYTES_MAX = 65535
 RECEIVE_MAXIMUM_DEFAULT = 65535
-RETAIN_IF_NEW = 1
 # Bad user name or password, not authorized, banned (MQTT 5.0 §3.2.2.2), to which paho also translates 3.1.1's.
 AUTHENTICATION_REASONS = frozenset({0x86, 0x87, 0x8A})
 UNSUPPORTED_VERSION = 0x84
 TAKEN_OVER = 0x8E
-# Unspecified, which is all that 3.1.1 knows, and not authorized (MQTT 5.0 §3.9.3).
-ACCESS_REASONS = frozenset({0x80, 0x87})
-RESUBSCRIBE_S_MIN, RESUBSCRIBE_S_MAX = 1.0, 60.0
 STOOD_S_MIN = 5.0
 GOODBYE_S_MAX = 1.0
-META_KEY = "bridge"
 NOTHING = "lineside/nothing"  # a filter that nobody is subscribed to
 
 
@@ -69,11 +63,13 @@ class Bridge:
         self.config: BridgeConfig = config.bridge
         self._client_id = self.config.client_id_for(config.gateway.id)
         self._gateway = config.gateway.id
-        self._topics = config.bridge_topics
         self._journal = broker.journal
         self._kick = kick
         self._loop = asyncio.get_running_loop()
         self._url = str(self.config.url)
+        self._topics = BridgeTopics(
+            self._journal, config.bridge_topics, self.config.version, self._url, self._client_id
+        )
         self._state = LinkState([self._url], random.Random(), self._loop.time())
         inbound = [self._journal.streams[each.stream] for each in config.inbound]
         release(self._journal, frozenset(stream.name for stream in inbound))
@@ -90,16 +86,10 @@ class Bridge:
         self._tick_timer: asyncio.TimerHandle | None = None
         self._reason: tuple[str, Failure] | None = None
         self._paho_error = ""
-        self._trouble: str | None = None
         self._receive_maximum = RECEIVE_MAXIMUM_DEFAULT
         self._packet_bytes_max: int | None = None
         self._fresh_start = False
         self._retained_known = False
-        self._subscribing: tuple[int, Sequence[str]] | None = None  # the packet id, and what it asks for
-        self._refused: list[str] = []
-        self._weak: list[str] = []
-        self._resubscribe_at = 0.0
-        self._resubscribe_s = RESUBSCRIBE_S_MIN
         self._asking: int | None = None
         self._asked_at = 0.0
         self._answered_at = 0.0  # what we published, or nothing was in flight
@@ -161,11 +151,11 @@ class Bridge:
             "state": status.state.value,
             "url": self._url,
             "since_s": round(now - status.since, 3),
-            "error": status.error or self._trouble,
+            "error": status.error or self._topics.trouble,
             "retry_in_s": None if retry_at is None else round(max(0.0, retry_at - now), 3),
             "version": self.config.version,
             "client_id": self._client_id,
-            "topics": list(self._topics),
+            "topics": list(self._topics.topics),
             "received": self._inflow.journaled,
             "repeated": self._inflow.repeated,
             "acknowledged": self._acknowledged,
@@ -296,13 +286,13 @@ class Bridge:
         self, client: Client, _data: Any, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
     ) -> None:
         self._heard += 1
-        before = self._remembered()
+        before = self._topics.remembered()
         present = flags.session_present
         # At once: the session's messages may follow in the same read.
         self._inflow.connected()
         # 3.1.1 sends retained messages at every SUBSCRIBE; 5.0 can be told not to.
         three = self.config.version == "3.1.1"
-        self._retained_known = three and present and before is not None and set(self._topics) <= set(before)
+        self._retained_known = three and present and before is not None and set(self._topics.topics) <= set(before)
         self._events.append(lambda: self._connack(present, before, reason, properties))
 
     def _on_disconnect(
@@ -346,8 +336,7 @@ class Bridge:
         self, client: Client, _data: Any, packet_id: int, reasons: list[ReasonCode], properties: Properties | None
     ) -> None:
         self._heard += 1
-        if self._subscribing is not None and packet_id == self._subscribing[0]:
-            self._events.append(lambda: self._suback(reasons))
+        self._events.append(lambda: self._topics.answered(packet_id, reasons, self._loop.time()))
 
     def _on_unsubscribe(
         self, client: Client, _data: Any, packet_id: int, reasons: list[ReasonCode], properties: Properties | None
@@ -506,77 +495,13 @@ class Bridge:
         if self._deadline is not None:
             self._deadline.cancel()
         client.on_log = None
-        self._trouble = None
         self._state.opened(self._loop.time(), self._url)
         if before is not None and not present:
             self._sessions_lost += 1
             log.warning("the broker has forgotten our session, and what it kept for us", extra={"url": self._url})
         log.info("bridge up", extra={"url": self._url, "client": self._client_id, "session_present": present})
-        self._subscribe(client, before if present else None)
-
-    def _subscribe(self, client: Client, before: list[str] | None) -> None:
-        """Ask for all topics at every connection: cheap, and right whatever the broker has restored itself from."""
-        self._subscribing = self._asking = None
-        self._refused, self._weak, self._resubscribe_s = [], [], RESUBSCRIBE_S_MIN
-        if before is not None and (gone := [topic for topic in before if topic not in self._topics]):
-            client.unsubscribe(gone)
-        if self._topics:
-            self._ask_for(client, self._topics)
-        else:
-            self._remember()
-
-    def _ask_for(self, client: Client, topics: Sequence[str]) -> None:
-        if self.config.version == "5.0":
-            options = SubscribeOptions(qos=1, noLocal=True, retainHandling=RETAIN_IF_NEW)
-            _, packet_id = client.subscribe([(topic, options) for topic in topics])
-        else:
-            _, packet_id = client.subscribe([(topic, 1) for topic in topics])
-        self._subscribing = None if packet_id is None else (packet_id, topics)
-
-    def _suback(self, reasons: list[ReasonCode]) -> None:
-        """What is refused is asked for again: rules change, and brokers refuse for reasons that pass (mochi has 0x91,
-        packet identifier in use, where a message of its own has the same)."""
-        if self._subscribing is None:
-            return
-        answers = list(zip(self._subscribing[1], reasons, strict=False))
-        self._subscribing = None
-        refusals = {topic: code for topic, code in answers if code.is_failure}
-        self._refused = list(refusals)
-        self._weak += [topic for topic, code in answers if code.value == 0]
-        before, self._trouble = self._trouble, None
-        if refusals:
-            self._resubscribe_at = self._loop.time() + self._resubscribe_s
-            self._resubscribe_s = min(RESUBSCRIBE_S_MAX, 2 * self._resubscribe_s)
-            self._trouble = f"the broker does not let us read {', '.join(refusals)}: "
-            if all(code.value in ACCESS_REASONS for code in refusals.values()):
-                self._trouble += "allow it in its access rules"
-            else:
-                self._trouble += ", ".join(sorted({str(code) for code in refusals.values()}))
-        elif self._weak:
-            self._trouble = f"the broker hands out {', '.join(self._weak)} at QoS 0 only, which a power cut takes"
-        else:
-            self._remember()
-        if self._trouble is None and before is not None:
-            log.info("bridge subscribed", extra={"url": self._url})
-        elif self._trouble != before:
-            log.warning("bridge subscribed in part", extra={"url": self._url, "error": self._trouble})
-
-    def _resubscribe(self, client: Client) -> None:
-        due = self._refused and self._subscribing is None and self._loop.time() >= self._resubscribe_at
-        if due and self._state.state is State.UP:
-            self._ask_for(client, self._refused)
-
-    def _remembered(self) -> list[str] | None:
-        """What our session at this broker is subscribed to, as far as we know; None if we never had one."""
-        for (value,) in self._journal.query("SELECT value FROM meta WHERE key = ?", (META_KEY,)):
-            url, client_id, topics = json.loads(value)
-            if (url, client_id) == (self._url, self._client_id):
-                return [str(topic) for topic in topics]
-        return None
-
-    def _remember(self) -> None:
-        value = json.dumps([self._url, self._client_id, self._topics])
-        self._journal.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (META_KEY, value))
+        self._asking = None
+        self._topics.ask(client, before if present else None)
 
     def _disconnected(self) -> None:
         if self._deadline is not None:
@@ -654,7 +579,8 @@ class Bridge:
                 # As new messages then: there are brokers that answer no repeated one.
                 self._fresh_start = True
                 self._abort("the broker does not answer PUBLISH")
-            self._resubscribe(client)
+            if self._state.state is State.UP:
+                self._topics.ask_again(client, now)
             if self._events:
                 self._after()
             elif self._inflow.blocked:
