@@ -317,7 +317,7 @@ class Session:
 
     def search_ends(self) -> None:
         """It is owed all of it; the caller pumps."""
-        self._searches = max(0, self._searches - 1)
+        self._searches -= 1
 
     def owe(self, messages: Iterable[tuple[Retained, int, tuple[int, ...]]]) -> bool:
         """Retained messages to give the client before anything newer; whether that waits for a commit."""

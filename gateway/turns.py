@@ -29,6 +29,7 @@ from gateway.helpings import Helpings
 log = logging.getLogger("lineside.turns")
 
 PORTION_S: Final = 0.0005  # what one turn may take: messages wait so long for it
+AT_ONCE: Final = 16  # packets, filters or messages that are dear: so many are done without looking at the clock
 SHARE_MIN: Final = 0.125  # of the loop, when messages want all of it
 YIELDING: Final = 12.0  # times what it takes to read messages is left to them: they are journaled and answered, too
 BURST_S: Final = 0.01  # what may be done at once after a rest

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from gateway.access import LOGGED_MAX, Access, Admission, Login, Permit, identity_of
 from gateway.broker import Broker
@@ -37,11 +37,12 @@ from gateway.mqtt.events import (
 from gateway.mqtt.events import Message as Published
 from gateway.mqtt.mapping import Encoders
 from gateway.mqtt.packets import V5, Connect, PublishProperties, Reason, Subscribe, Unsubscribe
-from gateway.mqtt.topics import check_filter, filter_matches
+from gateway.mqtt.subscribing import Subscriptions
+from gateway.mqtt.topics import filter_matches
 from gateway.sessions import Arrival, Session
 from gateway.slices import Looked, Slices
 from gateway.transports import peer_name, source_of
-from gateway.turns import Account, Turns
+from gateway.turns import AT_ONCE, Account, Turns
 from security.identity import CertificateIdentity, certificate_identity
 from security.rules import Action, Identity
 from storeforward.errors import JournalFull
@@ -61,10 +62,6 @@ CLOSE_WAIT_S = 2.0
 WRITE_BUFFER_BYTES = 256 << 10
 # Answers that a client does not read, beyond what it is sent: then it is not read from either.
 ANSWERS_BYTES_MAX = 1 << 20
-# Of dear work (see `gateway.turns`): what is begun without looking at the clock, in packets, filters or messages.
-AT_ONCE = 16
-_T = TypeVar("_T")
-_Place = list[Callable[[], None]]  # of an answer among others: what gives it, once that is known
 SURPLUS_MAX = 64  # connections beyond clients_max that are told why they are refused; the next are just cut off
 
 
@@ -170,7 +167,7 @@ class Client(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._conn = ServerConnection(listener.limits, listener.topics, listener.properties)
         self._transport: asyncio.Transport | None = None
-        self._session: Session | None = None
+        self.session: Session | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._held: deque[Published] = deque()
         self._congested = False
@@ -178,7 +175,7 @@ class Client(asyncio.Protocol):
         self._expiry: int | None = 0
         self._claim: Identity
         self._admission: Admission | None = None
-        self._permit: Permit | None = None
+        self.permit: Permit | None = None
         self._login: asyncio.Task[None] | None = None
         self._deaf = False
         self._resumed = False  # the session is older than the connection
@@ -191,7 +188,7 @@ class Client(asyncio.Protocol):
         self.account = Account()  # until it is let in, that of where it comes from
         self._local = True
         self._errands: deque[Iterator[None]] = deque()  # dear work that is begun; what comes next waits for it
-        self._owed: deque[_Place] = deque()  # SUBACKs and UNSUBACKs, in the order they go in
+        self._subscriptions = Subscriptions(self, self._broker, listener.turns)
         self._due = False  # retained messages are
         self._waits = False  # for its turn
         self._over = False  # the connection is gone, and all that came by it is done, but for the end itself
@@ -238,7 +235,7 @@ class Client(asyncio.Protocol):
             if type(event) is Publishes:
                 plain += len(event.messages)
         if conn.waiting or self._errands:
-            self._enter()
+            self.enter()
         if self._congested and self._unread and not self._finishing:
             self._pause()
         dear -= conn.dear_left
@@ -256,8 +253,8 @@ class Client(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._congested = False
         self._resume()
-        if self._session is not None:
-            self._broker.pump(self._session)
+        if self.session is not None:
+            self._broker.pump(self.session)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
@@ -277,7 +274,7 @@ class Client(asyncio.Protocol):
 
     def _gone(self) -> None:
         self._over = True
-        if self._session is None or self._turns.ready:
+        if self.session is None or self._turns.ready:
             self._end()
         else:
             self._wait()
@@ -304,7 +301,7 @@ class Client(asyncio.Protocol):
         waits = bool(self._held) or self._unread  # for room in a stream, or to have its answers read
         return (waits and not self._finishing) or self._deaf or self._conn.awaiting_verdict
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
         """Have the rest of what is dear done when it is this client's turn, and read no more until then."""
         if self._errands or (self._conn.waiting and not self._blocked):
             self._pause()
@@ -324,8 +321,8 @@ class Client(asyncio.Protocol):
                 errands.popleft()
         if self._due and not errands:
             self._due = False
-            if self._session is not None:
-                self._session.pump_due(AT_ONCE)
+            if self.session is not None:
+                self.session.pump_due(AT_ONCE)
         while conn.waiting and not (errands or self._blocked or turns.over):
             self._take(conn.go_on(AT_ONCE, self._loop.time()))
         if errands or self._due or (conn.waiting and not self._blocked):
@@ -338,7 +335,7 @@ class Client(asyncio.Protocol):
             self._listener.committer.kick()
         self.flush()
 
-    def _begin(self, errand: Iterator[None], *, at_once: bool) -> None:
+    def begin(self, errand: Iterator[None], *, at_once: bool) -> None:
         """Dear work."""
         if at_once and not self._errands:
             for _ in errand:
@@ -397,8 +394,8 @@ class Client(asyncio.Protocol):
         self._loop.call_soon(self._pump_on)
 
     def _pump_on(self) -> None:
-        if self._session is not None:
-            self._broker.pump(self._session)
+        if self.session is not None:
+            self._broker.pump(self.session)
 
     def pubrel(self, packet_ids: Iterable[int]) -> None:
         self._conn.pubrel(packet_ids)
@@ -478,8 +475,8 @@ class Client(asyncio.Protocol):
                 self._control(event)
         # Not before all answers are dealt with: the connection holds their packet ids for free already, and a new
         # message under one of them would be taken for the one that the next event answers.
-        if answered and self._session is not None:
-            self._broker.answered(self._session)
+        if answered and self.session is not None:
+            self._broker.answered(self.session)
         if self._journal.pending:
             self._listener.committer.kick()
         self.flush()
@@ -503,7 +500,7 @@ class Client(asyncio.Protocol):
         journal.intake()
         route_of, encoders = self._broker.router.route, self._listener.encoders
         packet_ids: list[bytes] = []
-        may = None if self._permit is None else self._permit.publish
+        may = None if self.permit is None else self.permit.publish
         at, count = 0, len(messages)
         while at < count:
             message = messages[at]
@@ -545,12 +542,12 @@ class Client(asyncio.Protocol):
 
     @property
     def _marks_source(self) -> bool:
-        return self._session is not None and self._session.no_local > 0
+        return self.session is not None and self.session.no_local > 0
 
     def _append_one(self, message: Published, acknowledged: list[bytes]) -> bool:
         """Stage a message of any kind. False where it has to be held; `acknowledged`: PUBACKs not yet waited for."""
         topic, qos, retain, dup, packet_id, payload, properties = message
-        session = self._session
+        session = self.session
         if session is None:
             return True  # taken over meanwhile: the client sends it again
         number = int.from_bytes(packet_id, "big")
@@ -616,7 +613,7 @@ class Client(asyncio.Protocol):
         """A reply from the hub is published here in the name of who asked for it: it needs the right to do that."""
         if asked is None or self._broker.router.route(topic, 1).reply_to is None:
             return False
-        return asked.startswith("$SYS/") or (self._permit is not None and not self._permit.publish(asked))
+        return asked.startswith("$SYS/") or (self.permit is not None and not self.permit.publish(asked))
 
     def _refuse(self, reason: Reason, message: Published, acknowledged: list[bytes]) -> bool:
         """Never to be taken, full or not. Without a word for it the message is in the ledger: nothing vanishes."""
@@ -653,8 +650,8 @@ class Client(asyncio.Protocol):
 
     def _log_forbidden(self, action: Action, name: str, **fields: Any) -> None:
         self._refusals_logged += 1
-        if self._permit is not None and self._refusals_logged <= LOGGED_MAX:
-            why = self._permit.why(action, name).text
+        if self.permit is not None and self._refusals_logged <= LOGGED_MAX:
+            why = self.permit.why(action, name).text
             log.warning("not allowed", extra=self._who(topic=name, why=why, **fields))
 
     def _hold(self, messages: list[Published]) -> None:
@@ -684,7 +681,7 @@ class Client(asyncio.Protocol):
             self._resume()
 
     def _acked(self, packet_ids: list[int], refused: list[tuple[int, int]]) -> None:
-        session = self._session
+        session = self.session
         if session is None:
             return
         for packet_id, reason in refused:
@@ -693,7 +690,7 @@ class Client(asyncio.Protocol):
 
     def _released(self, packet_ids: list[int]) -> None:
         """PUBRELs: the ids are free again once that is on disk, and only then are they answered."""
-        session = self._session
+        session = self.session
         if session is None:
             return
         known = [p for p in packet_ids if session.let_go(p)]
@@ -714,17 +711,17 @@ class Client(asyncio.Protocol):
             case Released(packet_ids):
                 self._released(packet_ids)
             case Received(packet_ids, refused):
-                if self._session is not None:
-                    self._session.received(packet_ids)
+                if self.session is not None:
+                    self.session.received(packet_ids)
                     if refused:
                         self._acked([p for p, _ in refused], refused)
             case Completed(packet_ids):
                 self._acked(packet_ids, [])
             case Subscribed(packet):
                 # One of more filters has stopped the connection: what comes behind it is not among these events.
-                self._begin(self._subscribing(packet), at_once=len(packet.subscriptions) <= AT_ONCE)
+                self._subscriptions.subscribe(packet)
             case Unsubscribed(packet):
-                self._begin(self._unsubscribing(packet), at_once=len(packet.filters) <= AT_ONCE)
+                self._subscriptions.unsubscribe(packet)
             case Disconnected(packet, clean, reason):
                 log.info("client left", extra=self._who(clean=clean, reason=reason))
                 self._parted = True
@@ -770,16 +767,16 @@ class Client(asyncio.Protocol):
         if self._local:
             self.account = Account()  # apps of this machine are not one another's
         session, present, lasts = self._broker.connect(connect, client_id, self._expiry, self)
-        self._session = session
+        self.session = session
         told = self._expiry if connect.version == 5 and self._expiry != asked else None
         self._suspend_forbidden()
         log.info("client connected", extra=self._who(client=client_id, version=connect.version, present=present))
 
         def accept() -> None:
-            if self._session is session:
+            if self.session is session:
                 with self._turns.charging(self.account):
                     self._accept(session, present, assigned, told)
-                self._enter()
+                self.enter()
                 self._resume()
 
         if lasts:
@@ -787,7 +784,7 @@ class Client(asyncio.Protocol):
             self._journal.wait(self, accept)
         else:
             self._accept(session, present, assigned, told)
-            self._enter()
+            self.enter()
 
     def _come_in(self, connect: Connect) -> None:
         """Who had the session has left it."""
@@ -827,135 +824,39 @@ class Client(asyncio.Protocol):
         """What is granted of a session expiry interval, in seconds; the cap bounds "never", too."""
         return min(asked, self._listener.expiry_s_max)
 
-    def _subscribing(self, packet: Subscribe) -> Iterator[None]:
-        session = self._session
-        assert session is not None
-        identifier = packet.properties.subscription_identifier
-        codes: list[int] = []
-        retained: list[str] = []
-        asked: list[tuple[int, tuple[str, int, int, int | None], dict[str, int]]] = []  # and which code it will be
-        permit = self._permit
-        place = self._owe()
-        for some in _portions(packet.subscriptions):
-            for s in some:
-                reason = self._subscription_refusal(s.filter)
-                if reason is None:
-                    options = s.no_local | s.retain_as_published << 1 | s.retain_handling << 2
-                    (start,) = self._broker.starts(session, (s.filter,))
-                    asked.append((len(codes), (s.filter, s.qos, options, identifier), start))
-                codes.append(reason or 0)
-            yield
-        early = len(asked) > AT_ONCE  # the first of them are in force before the last
-        if early and self._session is session:
-            session.search_begins()
-        for some_asked in _portions(asked):
-            if self._session is not session:
-                return
-            few = some_asked
-            if self._permit is not permit:  # other rules came meanwhile
-                for at, (filter_, *_), _ in some_asked:
-                    codes[at] = self._subscription_refusal(filter_) or 0
-                few = [each for each in some_asked if not codes[each[0]]]
-            granted, give = self._broker.subscribe(session, [each[1] for each in few], [each[2] for each in few])
-            for (at, _, _), code in zip(few, granted, strict=True):
-                codes[at] = code
-            retained += give
-            yield
-        # Not before the subscription is on disk: a power cut must not take what was promised.
-        done = partial(self._subscribed, session, packet, codes, retained, place, searching=early)
-        self._journal.wait(self, done)
+    # ------------------------------------------------------------------ subscriptions
 
-    def _subscribed(
-        self,
-        session: Session,
-        packet: Subscribe,
-        codes: list[int],
-        retained: list[str],
-        place: _Place,
-        *,
-        searching: bool,
-    ) -> None:
-        if self._session is not session:
-            return
-        if not searching:
-            session.search_begins()
-        wild = sum("+" in each or "#" in each for each in retained)
-        count = len(retained) + wild * len(self._broker.retained) // AT_ONCE
-        with self._turns.charging(self.account):
-            giving = self._giving(session, packet, codes, retained, place)
-            self._begin(giving, at_once=count <= AT_ONCE and self._turns.ready)
-        self._enter()
+    @property
+    def five(self) -> bool:
+        return self._conn.version == V5
 
-    def _giving(
-        self,
-        session: Session,
-        packet: Subscribe,
-        codes: list[int],
-        retained: list[str],
-        place: _Place,
-    ) -> Iterator[None]:
-        """Have the session owed what is retained for its new subscriptions, then acknowledge them."""
-        waits = False
-        for more in self._broker.owing(session, retained):
-            waits = waits or more
-            yield
-            if self._session is not session:
-                return
+    def refusal(self, filter_: str) -> Reason | None:
+        """Why the client may not subscribe to that."""
+        if self.permit is not None and not self.permit.subscribe(filter_):
+            self._log_forbidden(Action.SUBSCRIBE, filter_)
+            return Reason.NOT_AUTHORIZED  # 0x80 on 3.1.1
+        if ("+" in filter_ or "#" in filter_) and not self._listener.limits.wildcards_available:
+            return Reason.WILDCARD_SUBSCRIPTIONS_NOT_SUPPORTED
+        return None
 
-        def acknowledge() -> None:
-            self._conn.suback(packet, codes)
-            self.flush()
-            if self._session is session:
-                session.search_ends()
-                granted = [s.filter for s, code in zip(packet.subscriptions, codes, strict=True) if code < 0x80]
-                self._listener.send_sys(self, granted)
-                self._broker.pump(session)
+    def suback(self, packet: Subscribe, codes: Sequence[int]) -> None:
+        self._conn.suback(packet, codes)
+        self.flush()
 
-        def acknowledge_then() -> None:
-            with self._turns.charging(self.account):
-                self._answer_in_order(place, acknowledge)
+    def unsuback(self, packet: Unsubscribe, codes: Sequence[int]) -> None:
+        self._conn.unsuback(packet, codes)
 
-        if waits:
-            self._journal.wait(self, acknowledge_then)
-        else:
-            self._answer_in_order(place, acknowledge)
-
-    def _owe(self) -> _Place:
-        place: _Place = []
-        self._owed.append(place)
-        return place
-
-    def _answer_in_order(self, place: _Place, answer: Callable[[], None]) -> None:
-        """A client that subscribes and unsubscribes may take the answer that comes last for how things are."""
-        place.append(answer)
-        while self._owed and self._owed[0]:
-            (give,) = self._owed.popleft()
-            give()
-
-    def _unsubscribing(self, packet: Unsubscribe) -> Iterator[None]:
-        session = self._session
-        assert session is not None
-        codes: list[int] = []
-        place = self._owe()
-        for some in _portions(packet.filters):
-            if self._session is not session:
-                return
-            found = self._broker.unsubscribe(session, some)
-            if self._conn.version == V5:
-                found = [
-                    Reason.TOPIC_FILTER_INVALID if _ill_formed(filter_) else code
-                    for filter_, code in zip(some, found, strict=True)
-                ]
-            codes += found
-            yield
-        answer = partial(self._conn.unsuback, packet, codes)
-        self._journal.wait(self, partial(self._answer_in_order, place, answer))
+    def subscribed(self, filters: Iterable[str]) -> None:
+        """These were granted just now."""
+        assert self.session is not None
+        self._listener.send_sys(self, filters)
+        self._broker.pump(self.session)
 
     # ------------------------------------------------------------------ $SYS
 
     @property
     def sys_filters(self) -> list[str]:
-        return [f for f in self._session.subscriptions if f.startswith("$SYS")] if self._session is not None else []
+        return [f for f in self.session.subscriptions if f.startswith("$SYS")] if self.session is not None else []
 
     def give_figures(self, filters: list[str], figures: list[tuple[str, bytes]], *, retain: bool) -> None:
         """At QoS 0, and only as long as the socket takes them."""
@@ -988,9 +889,9 @@ class Client(asyncio.Protocol):
             log.warning("client refused", extra=self._who(client=client_id, why=login.value))
             self._conn.refuse(_CONNACK[login], login.value)
             return False
-        self._permit = access.permit(self._admission.identity)
+        self.permit = access.permit(self._admission.identity)
         will = connect.will
-        if will is not None and self._permit is not None and not self._permit.publish(will.topic):
+        if will is not None and self.permit is not None and not self.permit.publish(will.topic):
             self._log_forbidden(Action.PUBLISH, will.topic, client=client_id, will=True)
             self._conn.refuse(Reason.NOT_AUTHORIZED, "the will's topic is not allowed")
             return False
@@ -1017,27 +918,17 @@ class Client(asyncio.Protocol):
     def rules_changed(self) -> None:
         """Other rules are in force: they count for what comes from now on, and for subscriptions there are."""
         access = self._listener.access
-        if self._session is None or access is None or self._admission is None:
+        if self.session is None or access is None or self._admission is None:
             return
-        self._permit = access.permit(self._admission.identity)
+        self.permit = access.permit(self._admission.identity)
         self._suspend_forbidden()
-        self._broker.pump(self._session)
+        self._broker.pump(self.session)
 
     def _suspend_forbidden(self) -> None:
-        assert self._session is not None
-        permit = self._permit
-        for filter_ in self._broker.suspend(self._session, None if permit is None else permit.subscribe):
+        assert self.session is not None
+        permit = self.permit
+        for filter_ in self._broker.suspend(self.session, None if permit is None else permit.subscribe):
             self._log_forbidden(Action.SUBSCRIBE, filter_, session=True)
-
-    def _subscription_refusal(self, filter: str) -> Reason | None:
-        if self._conn.version == V5 and _ill_formed(filter):
-            return Reason.TOPIC_FILTER_INVALID
-        if self._permit is not None and not self._permit.subscribe(filter):
-            self._log_forbidden(Action.SUBSCRIBE, filter)
-            return Reason.NOT_AUTHORIZED  # 0x80 on 3.1.1
-        if ("+" in filter or "#" in filter) and not self._listener.limits.wildcards_available:
-            return Reason.WILDCARD_SUBSCRIPTIONS_NOT_SUPPORTED
-        return None
 
     # ------------------------------------------------------------------ ending
 
@@ -1070,7 +961,7 @@ class Client(asyncio.Protocol):
             self._transport.close()
 
     def _leave(self, *, clean: bool = False) -> None:
-        session, self._session = self._session, None
+        session, self.session = self.session, None
         if session is not None and not self._listener.stopping:
             self._broker.disconnect(session, self, self._expiry, clean=clean)
             self._listener.committer.kick()
@@ -1132,7 +1023,7 @@ class Client(asyncio.Protocol):
 
     def describe(self) -> dict[str, Any]:
         """For `lineside clients`."""
-        session = self._session
+        session = self.session
         return {
             "client": self._conn.client_id,
             "peer": self.peer,
@@ -1144,19 +1035,6 @@ class Client(asyncio.Protocol):
             "suspended": sorted(session.suspended) if session else [],
             "held": len(self._held),
         }
-
-
-def _ill_formed(filter: str) -> bool:
-    """Of a 5.0 client: one of 3.1.1 was closed already for such a filter."""
-    try:
-        check_filter(filter)
-    except ValueError:
-        return True
-    return False
-
-
-def _portions(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
-    return (items[at : at + AT_ONCE] for at in range(0, len(items), AT_ONCE))
 
 
 def _run_of(messages: list[Published], at: int) -> list[Published]:

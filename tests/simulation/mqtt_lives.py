@@ -716,7 +716,7 @@ class Simulation:
         for table in TABLES:
             rows = self.world.journal.query(f"SELECT * FROM {table}")
             assert len(rows) == (1 if table == "cursor" else 0), f"{table}: {rows}"
-        assert all(not wire.client._session for wire in self.world.wires)
+        assert all(not wire.client.session for wire in self.world.wires)
 
 
 def live(shape: Shape, seed: int, directory: Path) -> Simulation:
