@@ -89,6 +89,18 @@ def until(gateway: Gateway, condition: Callable[[], object], seconds_max: float 
         gateway.live(0.01)
 
 
+def watching(gateway: Gateway) -> Client:
+    """Who hears of wills, and of what was said."""
+    watcher = Client(gateway, Connect(V5, "watcher"))
+    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
+    until(gateway, lambda: watcher.of(Suback))
+    return watcher
+
+
+def topics(watcher: Client) -> list[str]:
+    return [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
+
+
 def test_all_of_a_large_subscribe_is_answered_and_none_beyond_the_limit_is_granted(gateway: Gateway) -> None:
     App(gateway)
     client = Client(gateway, Connect(V5, "many"))
@@ -144,9 +156,7 @@ def test_who_subscribes_and_unsubscribes_is_answered_in_that_order(busy: Gateway
 @pytest.mark.parametrize("goodbye", [True, False])
 def test_what_came_before_the_end_counts_and_so_does_a_goodbye(busy: Gateway, goodbye: bool) -> None:
     """The connection is gone while it waits; a client that said DISCONNECT has not died."""
-    watcher = Client(busy, Connect(V5, "watcher"))
-    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
-    until(busy, lambda: watcher.of(Suback))
+    watcher = watching(busy)
     client = Client(busy, Connect(V5, "mortal", will=Will("will/mortal", b"dead", 1, False)))
     until(busy, lambda: "mortal" in busy.broker.wills)
     before = busy.mqtt.clients
@@ -158,17 +168,14 @@ def test_what_came_before_the_end_counts_and_so_does_a_goodbye(busy: Gateway, go
     until(busy, lambda: watcher.of(Publish))
     busy.live(0.1)
     assert client.pipe._protocol not in before
-    topics = [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
-    assert topics == (["said/last"] if goodbye else ["said/last", "will/mortal"])
+    assert topics(watcher) == (["said/last"] if goodbye else ["said/last", "will/mortal"])
 
 
 @pytest.mark.parametrize("goodbye", [True, False])
 def test_what_came_before_the_end_counts_though_the_same_client_is_back_before_its_turn(
     busy: Gateway, goodbye: bool
 ) -> None:
-    watcher = Client(busy, Connect(V5, "watcher"))
-    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
-    until(busy, lambda: watcher.of(Suback))
+    watcher = watching(busy)
     first = Client(busy, Connect(V5, "mortal", will=Will("will/mortal", b"dead", 1, False)))
     until(busy, lambda: "mortal" in busy.broker.wills)
     old = busy.broker.sessions["mortal"]
@@ -181,8 +188,7 @@ def test_what_came_before_the_end_counts_though_the_same_client_is_back_before_i
     assert busy.broker.sessions["mortal"] is not old
     until(busy, lambda: watcher.of(Publish))
     busy.live(0.3)
-    topics = [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
-    assert topics == (["said/last"] if goodbye else ["said/last", "will/mortal"])
+    assert topics(watcher) == (["said/last"] if goodbye else ["said/last", "will/mortal"])
 
 
 @pytest.mark.parametrize("goodbye", [True, False])
@@ -190,9 +196,7 @@ def test_what_was_said_behind_connect_counts_though_the_connection_ends_before_i
     gateway: Gateway, goodbye: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client need not wait for its CONNACK (MQTT 5.0 §3.1.4); that of one with a will waits for the disk."""
-    watcher = Client(gateway, Connect(V5, "watcher"))
-    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
-    until(gateway, lambda: watcher.of(Suback))
+    watcher = watching(gateway)
     with monkeypatch.context() as slow:
         slow.setattr(gateway.committer, "kick", lambda: None)
         client = Client(gateway, Connect(V5, "brief", will=Will("will/brief", b"dead", 1, False)))
@@ -205,8 +209,7 @@ def test_what_was_said_behind_connect_counts_though_the_connection_ends_before_i
     until(gateway, lambda: "brief" in gateway.broker.sessions)
     until(gateway, lambda: "brief" not in gateway.broker.sessions)
     gateway.live(0.1)
-    topics = [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
-    assert topics == (["said/brief"] if goodbye else ["said/brief", "will/brief"])
+    assert topics(watcher) == (["said/brief"] if goodbye else ["said/brief", "will/brief"])
     assert len(gateway.mqtt.clients) == 1
 
 
@@ -216,9 +219,7 @@ def test_what_was_said_behind_connect_counts_though_the_same_client_is_back_befo
     gateway: Gateway, goodbye: bool, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the old connection is not read from its end is not noticed, and part of it may still be in the socket."""
-    watcher = Client(gateway, Connect(V5, "watcher"))
-    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
-    until(gateway, lambda: watcher.of(Suback))
+    watcher = watching(gateway)
     with monkeypatch.context() as slow:
         slow.setattr(gateway.committer, "kick", lambda: None)
         first = Client(gateway, Connect(V5, "brief", will=Will("will/brief", b"dead", 1, False)))
@@ -238,8 +239,7 @@ def test_what_was_said_behind_connect_counts_though_the_same_client_is_back_befo
     gateway.committer.kick()
     until(gateway, lambda: second.of(Pingresp))
     gateway.live(0.1)
-    topics = [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
-    assert topics == (["said/brief"] if goodbye else ["said/brief", "will/brief"])
+    assert topics(watcher) == (["said/brief"] if goodbye else ["said/brief", "will/brief"])
     until(gateway, lambda: len(gateway.mqtt.clients) == 2)
     assert gateway.broker.sessions["brief"].outlet is second.pipe._protocol
 
@@ -247,9 +247,7 @@ def test_what_was_said_behind_connect_counts_though_the_same_client_is_back_befo
 def test_who_is_gone_before_its_predecessor_is_done_is_let_in_all_the_same(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watcher = Client(gateway, Connect(V5, "watcher"))
-    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
-    until(gateway, lambda: watcher.of(Suback))
+    watcher = watching(gateway)
     with monkeypatch.context() as slow:
         slow.setattr(gateway.committer, "kick", lambda: None)
         for name in ("first", "second"):
@@ -262,16 +260,14 @@ def test_who_is_gone_before_its_predecessor_is_done_is_let_in_all_the_same(
     gateway.committer.kick()
     until(gateway, lambda: len(gateway.mqtt.clients) == 1)
     gateway.live(0.1)
-    assert [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)] == ["said/first", "said/second"]
+    assert topics(watcher) == ["said/first", "said/second"]
     assert "brief" not in gateway.broker.sessions
 
 
 @pytest.mark.parametrize("goodbye", [True, False])
 def test_what_a_client_said_and_nobody_did_yet_is_done_before_it_is_taken_over(busy: Gateway, goodbye: bool) -> None:
     """It may have hung up: who is not read from cannot tell us."""
-    watcher = Client(busy, Connect(V5, "watcher"))
-    watcher.say(Subscribe(1, (Subscription("will/#", 1), Subscription("said/#", 1))))
-    until(busy, lambda: watcher.of(Suback))
+    watcher = watching(busy)
     first = Client(busy, Connect(V5, "mortal", will=Will("will/mortal", b"dead", 1, False)))
     until(busy, lambda: "mortal" in busy.broker.wills)
     last = [Disconnect()] if goodbye else []
@@ -282,8 +278,7 @@ def test_what_a_client_said_and_nobody_did_yet_is_done_before_it_is_taken_over(b
     until(busy, lambda: watcher.of(Publish))
     until(busy, lambda: first.pipe.closing)
     busy.live(0.3)
-    topics = [p.topic for p in watcher.of(Publish) if isinstance(p, Publish)]
-    assert topics == (["said/last"] if goodbye else ["said/last", "will/mortal"])
+    assert topics(watcher) == (["said/last"] if goodbye else ["said/last", "will/mortal"])
     assert [p.reason for p in second.of(Disconnect) if isinstance(p, Disconnect)] == [0x8E]
     assert busy.broker.sessions["mortal"].outlet is third.pipe._protocol
 
