@@ -6,6 +6,7 @@ What matters to an app that must not lose anything:
 - QoS 1: publish() only queues. A message is safe once its PUBACK is here: Lineside sends that when the disk has it.
 - A session that outlives the connection (clean_start=False and an expiry): commands wait while the app is away.
 - A client id that stays the same: it is the name of that session.
+- Nothing is published while paho reconnects: it would overtake what paho then repeats.
 """
 
 import argparse
@@ -41,6 +42,7 @@ def main() -> None:
     options = arguments.parse_args()
 
     room = threading.Semaphore(WINDOW)
+    there = threading.Event()
     safe = 0
 
     def on_publish(_, __, ___, reason, ____):
@@ -53,6 +55,8 @@ def main() -> None:
 
     client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, options.client_id, protocol=mqtt.MQTTv5)
     client.on_connect, client.on_message, client.on_publish = on_connect, on_message, on_publish
+    client.on_subscribe = lambda *_: there.set()  # asked for in on_connect: answered once paho has begun to repeat
+    client.on_disconnect = lambda *_: there.clear()
     session = Properties(PacketTypes.CONNECT)
     session.SessionExpiryInterval = SESSION_EXPIRY_S
     client.connect(options.host, options.port, keepalive=30, clean_start=False, properties=session)
@@ -65,6 +69,7 @@ def main() -> None:
         while not options.count or number < options.count:
             room.acquire()  # never more than WINDOW on their way: what is queued here is in memory only
             reading = {"number": number, "time": time.time(), "temperature": 61.5}
+            there.wait()
             client.publish("telemetry/axle/1", json.dumps(reading), qos=1, properties=about)
             number += 1
             time.sleep(options.interval)
