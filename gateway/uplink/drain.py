@@ -95,6 +95,11 @@ class Drain:
         self._resend_from = None
         self._progress_at = now
 
+    def narrow(self, window: int) -> None:
+        """Fewer messages at a time. What is settled but not durably so is written: it may fill that."""
+        self.window = window
+        self.journal.write_cursors()
+
     def detached(self) -> None:
         """The link is gone; what the peer answered before it went still counts."""
         if self._link is not None:

@@ -614,7 +614,7 @@ class HubLink:
         if way.drain is not None and way.closed_at < way.attached_at and not way.took:
             # It took nothing of all that was sent, as a queue may that has room for some of it: less at a time, then.
             waiting = way.stream.committed - way.drain.cursor.position
-            way.drain.window = max(1, min(waiting, way.drain.window) // 8)
+            way.drain.narrow(max(1, min(waiting, way.drain.window) // 8))
         way.closed_at = now
         way.reattach_at = now + way.reattach_s
         way.reattach_s = min(REATTACH_S_MAX, way.reattach_s * 2)

@@ -318,6 +318,17 @@ def test_the_window_counts_what_is_settled_but_not_yet_durably_so(bench: Bench) 
     assert bench.sent() == "def"
 
 
+def test_a_narrower_window_does_not_wait_for_what_was_settled_in_the_wider_one(bench: Bench) -> None:
+    bench.attach().put(*"abcdefg")
+    bench.accept(*[handle for handle, _ in bench.wake()])
+    bench.sent()
+    bench.put("h", "i")
+    bench.drain.narrow(1)
+    assert bench.sent() == "", "seven are settled, and not durably so"
+    bench.journal.commit_now()
+    assert bench.sent() == "h"
+
+
 def test_a_crash_between_settling_and_the_durable_cursor_repeats_no_more_than_the_window(
     bench: Bench, tmp_path: Path
 ) -> None:
