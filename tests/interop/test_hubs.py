@@ -106,6 +106,12 @@ class Rig:
     def fill(self, count: int) -> None:
         self.loop.run(harness.produce(self.hub.port, self.into, count, durable=self.durable))
 
+    def kill(self) -> None:
+        """RabbitMQ 3.10 forgets the queue declared last in this, with what it has accepted (see test_parts)."""
+        if isinstance(self.hub, parts.RabbitMQ):
+            self.loop.run(harness.put(self.hub.port, f"{self.into}.later", [encode(b"later")], durable=True))
+        self.hub.kill()
+
     def dark(self, cut: Callable[[], None]) -> None:
         cut()
         time.sleep(DARK_S)
@@ -217,7 +223,7 @@ def test_a_hub_that_is_killed_and_comes_back_has_everything(rig: Rig) -> None:
     with harness.closing(publisher):
         publisher.start()
         rig.after_bytes(INBOUND * 60)
-        rig.hub.kill()
+        rig.kill()
         time.sleep(0.2)
         assert rig.daemon.waiting("telemetry") > 0 or publisher.acknowledged < INBOUND
         rig.hub.start()
@@ -236,7 +242,7 @@ def test_what_a_hub_held_when_it_was_killed_still_comes_once_and_in_order(rig: R
         rig.fill(KILLED)
         rig.line.restore()
         harness.wait_until(lambda: len(subscriber.arrived) >= KILLED // 10, 30, "the first commands")
-        rig.hub.kill()
+        rig.kill()
         time.sleep(0.2)
         assert len(subscriber.arrived) < KILLED, "the kill came too late to prove anything"
         rig.hub.start()
