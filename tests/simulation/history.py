@@ -17,6 +17,8 @@ from pathlib import Path
 
 import proton
 
+from gateway.groups import GROUP_AHEAD_MAX
+
 SEQ_BITS = 48
 SEQ_MASK = (1 << SEQ_BITS) - 1
 # Why a message may be in the ledger in these worlds.
@@ -267,17 +269,20 @@ class History:
         window: int,
         consistent: bool,
         expired: Set[tuple[str, int]] = frozenset(),
+        behind_open: int = 0,
     ) -> None:
         """Order on each link, and what is repeated on the next.
 
         A link's messages ascend, until it goes back to the first that was given back; then they ascend again, and none
         that was given back before may be left out, or be passed by a new one, unless it expired meanwhile.
+
+        behind_open: how many more than the window may come again in another life, as a cursor is one place.
         """
         by_link: dict[tuple[int, str], list[Arrival]] = defaultdict(list)
         for arrival in arrivals:
             assert arrival.place is not None
             by_link[arrival.link, arrival.place.stream].append(arrival)
-        first_kept: dict[str, dict[int, int]] = defaultdict(dict)  # seq to the link on which it was kept first
+        first_kept: dict[str, dict[int, Arrival]] = defaultdict(dict)  # seq to when it was kept first
         over: dict[str, list[int]] = defaultdict(list)  # seqs that were kept, or answered for good
         for (link, stream), its in sorted(by_link.items()):
             kept, finished = first_kept[stream], over[stream]
@@ -298,16 +303,18 @@ class History:
                     passed = {each for each in owed if each < seq and (stream, each) not in expired}
                     assert not passed, f"{told}: {min(passed)} was given back, and is passed by"
                 assert seq not in final, f"{told}: it was answered for good on this very link"
-                if seq in known and kept.get(seq, link) != link and not self.restored:
+                first = kept.get(seq, arrival)
+                if seq in known and first.link != link and not self.restored:
                     behind = len(finished) - bisect_right(finished, seq)
-                    assert behind < window, f"{told}: repeated, {behind} were finished after it, the window is {window}"
+                    most = window if first.life == arrival.life else window + behind_open
+                    assert behind < most, f"{told}: repeated, {behind} were finished after it, the window is {most}"
                 owed.discard(seq)
                 if arrival.answer in ("released", "modified", "unknown"):
                     given_back.add(seq)
                 else:
                     final.add(seq)
                 if arrival.stored:
-                    kept.setdefault(seq, link)
+                    kept.setdefault(seq, arrival)
                 if (arrival.stored or arrival.final) and seq not in known and not self._died(arrival):
                     known.add(seq)
                     insort(finished, seq)
@@ -406,7 +413,8 @@ class History:
             for arrival in reader.arrivals
         ]
         if reader.exclusive:
-            self.check_links(reader.name, arrivals, self.local_window, True)
+            # An app's answers count in any order: behind one that is open, more than a window may be accepted.
+            self.check_links(reader.name, arrivals, self.local_window, True, behind_open=GROUP_AHEAD_MAX)
         stored = {a.payload for a in arrivals if a.stored}
         dead = set(books.dead_payloads)
         lost = self.taken - stored - dead - self.excused

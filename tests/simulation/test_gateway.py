@@ -41,6 +41,7 @@ KEPT: list[tuple[Make, int, str]] = [
     (any_life, 30581, "apps that go on sending outlast an orderly stop's patience; the world had none for that"),
     (any_life, 30810, "the model hub, waiting for what had expired, took a message out of turn"),
     (any_life, 1006161, "a checkpoint came back when the stop had closed the journal"),
+    (any_life, 934177067298, "what was accepted behind an open message came again after a power cut, as P3 allows"),
     (crowded_life, 184, "closed amid a large message, a link did not take what the hub answered then"),
     (brief_life, 320, "65,533 seqs without messages left no room in the window for what was given back before them"),
     (brief_life, 436, "a stop finished the commit of an earlier life, which a crash had ended"),
