@@ -17,8 +17,6 @@ from pathlib import Path
 
 import proton
 
-from gateway.groups import GROUP_AHEAD_MAX
-
 SEQ_BITS = 48
 SEQ_MASK = (1 << SEQ_BITS) - 1
 # Why a message may be in the ledger in these worlds.
@@ -87,7 +85,8 @@ class Place:
 class Arrival:
     """A message at a receiver. link: one number an attach; life: the gateway's, one number a start or reload.
 
-    stored: the receiver kept it. ttl_s: what the message says is left of it.
+    stored: the receiver kept it. ttl_s: what the message says is left of it. came, answered: when among what came and
+    was answered on its link; answered is None where the link was gone by then.
     """
 
     link: int
@@ -99,11 +98,16 @@ class Arrival:
     condition: str = ""
     at: float = 0.0
     ttl_s: float | None = None
+    came: int = 0
+    answered: int | None = None
 
     @property
     def final(self) -> bool:
         """Whether the receiver wants to hear no more of it."""
         return self.answer in ("accepted", "rejected", "barred")
+
+    def open_at(self, moment: int) -> bool:
+        return self.came < moment and (self.answered is None or self.answered > moment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,24 +273,27 @@ class History:
         window: int,
         consistent: bool,
         expired: Set[tuple[str, int]] = frozenset(),
-        behind_open: int = 0,
+        *,
+        any_order: bool = False,
     ) -> None:
         """Order on each link, and what is repeated on the next.
 
         A link's messages ascend, until it goes back to the first that was given back; then they ascend again, and none
         that was given back before may be left out, or be passed by a new one, unless it expired meanwhile.
 
-        behind_open: how many more than the window may come again in another life, as a cursor is one place.
+        any_order: its answers count when they come. What was answered while a message before it was open took no room
+        in the window any more, and may come again beyond it, as a cursor is one place.
         """
         by_link: dict[tuple[int, str], list[Arrival]] = defaultdict(list)
         for arrival in arrivals:
             assert arrival.place is not None
             by_link[arrival.link, arrival.place.stream].append(arrival)
-        first_kept: dict[str, dict[int, Arrival]] = defaultdict(dict)  # seq to when it was kept first
-        over: dict[str, list[int]] = defaultdict(list)  # seqs that were kept, or answered for good
+        first_kept: dict[str, dict[int, int]] = defaultdict(dict)  # seq to the link on which it was kept first
+        over: dict[str, set[int]] = defaultdict(set)  # seqs that were kept, or answered for good
+        # Of these, those that took room in the window until the cursor was past them.
+        in_window: dict[str, list[int]] = defaultdict(list)
         for (link, stream), its in sorted(by_link.items()):
-            kept, finished = first_kept[stream], over[stream]
-            known = set(finished)
+            kept, known, counted = first_kept[stream], over[stream], in_window[stream]
             given_back: set[int] = set()
             owed: set[int] = set()
             final: set[int] = set()
@@ -303,25 +310,31 @@ class History:
                     passed = {each for each in owed if each < seq and (stream, each) not in expired}
                     assert not passed, f"{told}: {min(passed)} was given back, and is passed by"
                 assert seq not in final, f"{told}: it was answered for good on this very link"
-                first = kept.get(seq, arrival)
-                if seq in known and first.link != link and not self.restored:
-                    behind = len(finished) - bisect_right(finished, seq)
-                    most = window if first.life == arrival.life else window + behind_open
-                    assert behind < most, f"{told}: repeated, {behind} were finished after it, the window is {most}"
+                if seq in known and kept.get(seq, link) != link and not self.restored:
+                    behind = len(counted) - bisect_right(counted, seq)
+                    assert behind < window, f"{told}: repeated, {behind} were finished after it, the window is {window}"
                 owed.discard(seq)
                 if arrival.answer in ("released", "modified", "unknown"):
                     given_back.add(seq)
                 else:
                     final.add(seq)
                 if arrival.stored:
-                    kept.setdefault(seq, arrival)
+                    kept.setdefault(seq, link)
                 if (arrival.stored or arrival.final) and seq not in known and not self._died(arrival):
                     known.add(seq)
-                    insort(finished, seq)
+                    if not (any_order and self._behind_open(seq, arrival.answered, its)):
+                        insort(counted, seq)
                 last = seq
         if consistent and not self.restored:
             # What expired is passed by; an old connection may still bring it.
             self.check_order(who, [a for a in arrivals if a.place and (a.place.stream, a.place.seq) not in expired])
+
+    @staticmethod
+    def _behind_open(seq: int, answered: int | None, its: list[Arrival]) -> bool:
+        """Whether it was answered while one that goes before it, of `its` link and stream, was not."""
+        if answered is None:
+            return False
+        return any(other.place is not None and other.place.seq < seq and other.open_at(answered) for other in its)
 
     def _died(self, arrival: Arrival) -> bool:
         """Never written and never acknowledged, it died with the gateway that held it; its app sends it anew.
@@ -413,8 +426,7 @@ class History:
             for arrival in reader.arrivals
         ]
         if reader.exclusive:
-            # An app's answers count in any order: behind one that is open, more than a window may be accepted.
-            self.check_links(reader.name, arrivals, self.local_window, True, behind_open=GROUP_AHEAD_MAX)
+            self.check_links(reader.name, arrivals, self.local_window, True, any_order=True)
         stored = {a.payload for a in arrivals if a.stored}
         dead = set(books.dead_payloads)
         lost = self.taken - stored - dead - self.excused

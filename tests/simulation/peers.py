@@ -6,6 +6,7 @@ They speak AMQP by the same engine as the gateway, but decide for themselves; wh
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ class Answering:
         self.waiting_for: str | None = None
         self._behind: deque[str] = deque()  # given back since, because it must come first
         self._latest = 0.0
+        self._moments = itertools.count()
 
     def take(self, receiver: Receiver, batch: list[tuple[int, bytes]], flush: Callable[[], None]) -> None:
         for handle, body in batch:
@@ -88,7 +90,7 @@ class Answering:
             payload = letter.payload
             place = None if letter.identity is None else Place.of(letter.identity)
             arrival = Arrival(self.link, self.history.life, place, payload, self._answer(payload), False)
-            arrival.at, arrival.ttl_s = self.loop.now, letter.ttl_s
+            arrival.at, arrival.ttl_s, arrival.came = self.loop.now, letter.ttl_s, next(self._moments)
             self.arrivals.append(arrival)
             self.history.stir("arrival")
             failed = False
@@ -155,6 +157,7 @@ class Answering:
     ) -> None:
         if not receiver.alive:
             return
+        arrival.answered = next(self._moments)
         match arrival.answer:
             case "accepted":
                 receiver.accept([handle])

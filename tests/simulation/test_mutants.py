@@ -184,6 +184,17 @@ def forgets_at_a_restart_what_the_hub_has_sent_before(patch: Patch) -> None:
     patch.setattr(Journal, "_remember", in_memory)
 
 
+@mutant("were finished after it", first=153)
+def hands_an_app_more_than_its_window(patch: Patch) -> None:
+    init = Outgoing.__init__
+
+    def wide(self: Outgoing, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.window *= 4
+
+    patch.setattr(Outgoing, "__init__", wide)
+
+
 @mutant("on this very link|in the same life|rejected in . lives, dead . times", first=35)
 def sends_again_what_was_rejected(patch: Patch) -> None:
     judge = Drain._judge
